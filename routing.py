@@ -1,0 +1,122 @@
+"""Mixture-of-Depths [MoD]: blocks that run only some of the tokens.
+
+    code            paper                                    where
+    score   (B,T)   r_i = w . x_i, the router's weight       3.4, eq. 1
+    k               C, the capacity in tokens                eq. 1
+    idx     (B,k)   the places of the selected tokens        3.3
+    guess   (B,T)   logit of "top-k would select this"       3.5, what decides when sampling
+
+Top-k compares a token with later ones, so it cannot be used while sampling. `guess` reads one token alone:
+it is the auxiliary predictor's output, or the router's own when `causal="router"`; see `Routed`.
+
+A router decides with a tensor `idx`: for every row the places of the tokens that run, in order of time, with
+T at the places left over (rows may run different numbers of tokens). This file knows no model: `Routed` is
+given a block, and a rule (`top_k`, `causal`) is an argument of every call, never a mode of the module.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+FAR = 2**30  # the position of a token that is not there (padding, or not selected): nothing attends to it
+
+
+class Visit(NamedTuple):
+    """What one block did with the tokens of one call. Dense blocks have no score and no guess."""
+    ran: torch.Tensor                   # (B,T) bool: the token ran this block
+    score: torch.Tensor | None = None   # (B,T) r_i, the factor on the block's update
+    guess: torch.Tensor | None = None   # (B,T) the causal rule's logit: run when > 0
+
+
+def in_time_order(idx, keep, T):
+    """idx (B,k), keep (B,k) bool -> idx (B,k) ascending, the places that are not kept replaced by T."""
+    return torch.where(keep, idx, T).sort(dim=1).values
+
+
+def top_k(score, guess, live, k):
+    """Expert choice [MoD 3.3]: the k largest scores of each row (not of the batch). score (B,T) -> idx (B,k).
+
+    Looks at the whole sequence, so a token's fate depends on later ones: for training and for measuring.
+    Of equal scores (a word that stands twice, in block 0) the earlier goes first; topk promises no order.
+    """
+    if live is None:
+        return score.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
+    idx = score.masked_fill(~live, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :k]
+    return in_time_order(idx, live.gather(1, idx), score.size(1))
+
+
+def causal(score, guess, live, k):
+    """Each token by its own guess > 0 [MoD 3.5], however many those are. guess (B,T) -> idx (B, most)."""
+    run = guess > 0 if live is None else (guess > 0) & live
+    place = torch.arange(run.size(1), device=run.device).expand_as(run)
+    return in_time_order(place, run, run.size(1))[:, : int(run.sum(1).max())]
+
+
+ROUTES = {"top_k": top_k, "causal": causal}
+
+
+class Routed(nn.Module):
+    """x_i + r_i f(x)_i for the selected tokens, x_i for the others [MoD eq. 1].
+
+    `block` needs `residual(x, pos, past)`, its update f without the skip connection. It sees the selected
+    tokens alone, with the positions they had: they are the only queries and the only keys.
+    capacity: share of a sequence that top-k selects. gate: "raw" multiplies by r, "sigmoid" by sigmoid(r).
+    causal: what decides at sampling and learns to imitate top-k, "predictor" (a small MLP of `hidden` units
+    behind a stop-gradient) or "router" (r itself). The gate is the router's in both cases.
+    """
+
+    def __init__(self, block, C, capacity, gate="raw", causal="predictor", hidden=64):
+        super().__init__()
+        self.block, self.capacity = block, capacity
+        self.gate = {"raw": lambda r: r, "sigmoid": torch.sigmoid}[gate]
+        self.router = nn.Linear(C, 1, bias=False)
+        self.predictor = None
+        if causal == "predictor":
+            self.predictor = nn.Sequential(nn.Linear(C, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+
+    def kept(self, T):
+        """k for a sequence of T tokens: at least one, at most all."""
+        return min(T, max(1, round(self.capacity * T)))
+
+    def scores(self, x):
+        """x (B,T,C) -> score (B,T), guess (B,T), in the parameters' precision even under autocast."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.router.weight.dtype)
+            score = self.router(x).squeeze(-1)
+            guess = score if self.predictor is None else self.predictor(x.detach()).squeeze(-1)
+        return score, guess
+
+    def forward(self, x, at, past, route):
+        """x (B,T,C) -> (x, Visit). A token that does not run leaves nothing behind in `past`."""
+        B, T, C = x.shape                                                   # k tokens kept
+        score, guess = self.scores(x)
+        idx = route(score, guess, at.live, self.kept(T))                    # (B,k), T: nobody
+        ran = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device).scatter(1, idx, True)[:, :T]
+        if idx.size(1) > 0:
+            here, idx = idx < T, idx.clamp(max=T - 1)
+            pos = torch.where(here, at.pos.gather(1, idx), FAR)             # (B,k)
+            each = idx.unsqueeze(-1).expand(-1, -1, C)                      # (B,k,C)
+            update = self.block.residual(x.gather(1, each), pos, past)      # (B,k,C)
+            weight = torch.where(here, self.gate(score.gather(1, idx)), 0)  # (B,k)
+            x = x.scatter_add(1, each, (weight.unsqueeze(-1) * update).to(x.dtype))
+        return x, Visit(ran, score, guess)
+
+
+def imitation_loss(visit):
+    """Sum over tokens of the binary cross-entropy of the guess against what top-k selected [MoD 3.5]."""
+    return F.binary_cross_entropy_with_logits(visit.guess, visit.ran.to(visit.guess.dtype), reduction="sum")
+
+
+def confusion(visit):
+    """Counts (4,) of true positives, false positives, false negatives, true negatives of guess > 0."""
+    yes, ran = visit.guess > 0, visit.ran
+    return torch.stack([(yes & ran).sum(), (yes & ~ran).sum(), (~yes & ran).sum(), (~yes & ~ran).sum()])
+
+
+def report(counts):
+    """The four counts of `confusion` -> accuracy, the base rate of always answering no, precision, recall."""
+    tp, fp, fn, tn = (float(c) for c in counts)
+    total = tp + fp + fn + tn
+    return {"accuracy": (tp + tn) / total, "base_rate": (fp + tn) / total,
+            "precision": tp / (tp + fp) if tp + fp else 0.0, "recall": tp / (tp + fn) if tp + fn else 0.0}
