@@ -1,0 +1,169 @@
+"""Decoding: a cache with holes, one pass that serves prompts and single tokens, and a sampling loop.
+
+What a token that does not run leaves behind is where the two papers differ: an exited token writes keys and
+values of its copied state into every dense block above [DAT 3.2]; a token that goes around a routed block
+writes nothing there [MoD 2.4], so each routed block's cache holds only the tokens it ran.
+"""
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import Tokens
+from routing import FAR, causal
+
+
+class KV:
+    """Keys and values of one block: slots (k, v, pos), filled from the left by the tokens that ran.
+
+    B rows of `size` slots, plus one that catches the tokens that are not there (position FAR) and is never
+    seen. A query sees the slots whose position is at most its own.
+    """
+
+    def __init__(self, B, size, n_head, hs, device=None, dtype=None):
+        self.k = torch.zeros(B, n_head, size + 1, hs, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.pos = torch.full((B, size + 1), FAR, device=device)
+        self.used = torch.zeros(B, 1, dtype=torch.long, device=device)      # slots filled in each row
+        self.most = 0                                                       # no row has filled more than this
+
+    def write(self, k, v, pos):
+        """k, v (B,nh,T,hs), pos (B,T): append the tokens that are there."""
+        here = pos < FAR
+        slot = torch.where(here, self.used + here.cumsum(1) - 1, self.pos.size(1) - 1)     # (B,T)
+        row = torch.arange(len(pos), device=pos.device).unsqueeze(1)                        # (B,1)
+        self.k[row, :, slot] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[row, :, slot] = v.transpose(1, 2).to(self.v.dtype)
+        self.pos[row, slot] = pos
+        self.used += here.sum(1, keepdim=True)
+        self.most = min(self.most + pos.size(1), self.pos.size(1) - 1)
+
+    def attend(self, q, k, v, pos, dropout):
+        """Append, then let q (B,nh,T,hs) see everything up to its own position -> (B,nh,T,hs)."""
+        self.write(k, v, pos)
+        M = self.most
+        seen = self.pos[:, None, None, :M] <= pos[:, None, :, None]                         # (B,1,T,M)
+        k, v = self.k[:, :, :M].to(q.dtype), self.v[:, :, :M].to(q.dtype)                   # (B,nh,M,hs)
+        return F.scaled_dot_product_attention(q, k, v, seen)
+
+
+def empty_cache(model, B, size):
+    """One KV per block, for B rows of at most `size` tokens."""
+    w = model.wte.weight
+    nh = model.config.n_head
+    return [KV(B, size, nh, w.size(1) // nh, w.device, w.dtype) for _ in model.blocks]
+
+
+class Read(NamedTuple):
+    """What `read` found for every token of a call."""
+    logits: torch.Tensor    # (B,T,V) of the classifier at which the token left
+    exit_at: torch.Tensor   # (B,T) in 1..L, the block after which it left
+    visited: torch.Tensor   # (B,T,L) bool, the blocks it ran
+    score: torch.Tensor     # (B,T,L) router weights, nan for dense blocks
+
+
+@torch.no_grad()
+def read(model, ids, pos, past, rule, route):
+    """The one pass behind scoring (past=None), prompts and decoding: ids, pos (B,T) -> Read.
+
+    All tokens of the call at once, under halting `rule` and routing `route`. Exact, and not an approximation
+    of going token by token: block n reads states after block n - 1 only, and those are frozen where a token
+    has left [DAT 3.2]. Tokens with position FAR are padding and run nothing.
+    """
+    L = len(model.blocks)
+    at = Tokens(pos, live=pos < FAR)
+    exit_at = torch.full_like(pos, L)
+    logits, ran, score = None, [], []
+    for n, (h, visit) in enumerate(model.trunk(model.embed(ids), at, past, route), 1):
+        ran.append(visit.ran)
+        score.append(torch.full_like(h[..., 0], torch.nan) if visit.score is None else visit.score)
+        if not at.anyone:
+            continue
+        classify = functools.cache(functools.partial(model.classifiers, n, h))
+        leave = at.live & rule(n, h, classify) if n < L else at.live
+        if leave.any():
+            logits = classify() if logits is None else torch.where(leave.unsqueeze(-1), classify(), logits)
+            exit_at = torch.where(leave, n, exit_at)
+            at.live = at.live & ~leave
+            at.anyone = bool(at.live.any())
+    return Read(logits, exit_at, torch.stack(ran, -1), torch.stack(score, -1))
+
+
+def pad(rows, device):
+    """Lists of token ids of any lengths -> ids, pos (B,T), padded on the right, padding at position FAR."""
+    T = max(len(r) for r in rows)
+    ids = torch.tensor([r + [0] * (T - len(r)) for r in rows], device=device)
+    pos = torch.tensor([[*range(len(r))] + [FAR] * (T - len(r)) for r in rows], device=device)
+    return ids, pos
+
+
+def pick(logits, temperature, top, u):
+    """logits (B,V), u (B,) uniform in [0,1) -> token (B,). temperature 0: the most likely; top: of the `top`
+    most likely tokens only (None: of all)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.double() / temperature
+    if top is not None:
+        least = logits.topk(min(top, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    below = logits.softmax(-1).cumsum(-1)
+    return torch.searchsorted(below, u.unsqueeze(1).to(below) * below[:, -1:], right=True).squeeze(1)
+
+
+class Generated(NamedTuple):
+    """One row of `generate`. Entry j of exit_at and visited belongs to the reading of ids[j], which wrote
+    ids[j + 1]; the last token has not been read."""
+    ids: list[int]              # prompt and what was added, an end token included
+    prompt: int                 # tokens of the prompt
+    exit_at: np.ndarray         # (len(ids) - 1,) in 1..L
+    visited: np.ndarray         # (len(ids) - 1, L) bool
+
+
+def generate(model, prompts, new, rule, route=causal, temperature=1.0, top=None, seed=0, end=None):
+    """Continue every prompt (a non-empty list of ids) by at most `new` tokens, all rows at once.
+
+    A row stops at token `end`. Row b draws from default_rng([seed, b]), so its text does not depend on the
+    other rows. Raises ValueError for an empty prompt or one that leaves no room for `new` tokens.
+    """
+    device, B, P = model.wte.weight.device, len(prompts), max(map(len, prompts), default=0)
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("an empty prompt: give at least one token")
+    if P + new > model.config.block_size:
+        raise ValueError(f"{P} prompt and {new} new tokens exceed the context of {model.config.block_size}")
+    u = np.stack([np.random.default_rng([seed, b]).random(new) for b in range(B)])
+    u = torch.tensor(u, device=device)                                                      # (B,new)
+    length = torch.tensor([len(p) for p in prompts], device=device)
+    going = torch.ones_like(length, dtype=torch.bool)
+    past = empty_cache(model, B, P + new)
+    ids, pos = pad(prompts, device)
+    found = read(model, ids, pos, past, rule, route)
+    logits = found.logits[torch.arange(B), length - 1]
+    written, exits, visits = [], [found.exit_at], [found.visited]
+    for i in range(new):
+        token = pick(logits, temperature, top, u[:, i])
+        written.append(torch.where(going, token, -1))
+        if end is not None:
+            going = going & (token != end)
+        if i + 1 == new or not going.any():
+            break
+        pos = torch.where(going, length + i, FAR).unsqueeze(1)
+        found = read(model, token.unsqueeze(1), pos, past, rule, route)
+        logits = found.logits[:, 0]
+        exits.append(found.exit_at)
+        visits.append(found.visited)
+    return _rows(prompts, written, exits, visits)
+
+
+def _rows(prompts, written, exits, visits):
+    """Tensors over (B, prompt padded to P, then single tokens) -> a Generated per row, padding taken out."""
+    P = max(map(len, prompts))
+    written = torch.stack(written, 1).tolist() if written else [[] for _ in prompts]
+    exits, visits = torch.cat(exits, 1).cpu().numpy(), torch.cat(visits, 1).cpu().numpy()
+    rows = []
+    for b, prompt in enumerate(prompts):
+        added = [t for t in written[b] if t >= 0]
+        read_at = [*range(len(prompt)), *range(P, P + len(added))][: len(prompt) + len(added) - 1]
+        rows.append(Generated(prompt + added, len(prompt), exits[b, read_at], visits[b, read_at]))
+    return rows
