@@ -1,0 +1,347 @@
+"""Options, run folders, checkpoints and metrics: what every script needs and no model needs.
+
+    runs/007/options.json     every option and the environment (torch, device, commit)
+            tokenizer.json    copied, so that a run can be sampled without its data
+            metrics.jsonl     one line per logged step and per evaluation
+            ckpt.pt           weights, optimiser, step; replaced atomically
+            depth.npz, figures/, sample.txt ...   written by train.py, plot.py, sample.py
+"""
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from data.common import UserError
+from exits import WEIGHTS
+from model import GPT, GPTConfig
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Options:
+    """Train an adaptive-depth GPT. The first word may name a preset, configs/NAME.toml; options win."""
+    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
+    data: str = "pysource"              # a folder under data/, or the path of a prepared folder
+    out: str = "runs"                   # where numbered run folders are made
+    steps: int = 1200
+    batch: int = 16                     # sequences a step
+    accumulate: int = 1                 # pieces that a step's batch is cut into, to save memory
+    lr: float = 2e-3                    # peak learning rate
+    lr_end: float = 0.1                 # last learning rate as a share of the peak
+    warmup: int = 60                    # steps of linear warm-up, then cosine
+    weight_decay: float = 0.1           # on matrices only
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0                   # gradient norm is clipped to this
+    exit_weights: Literal[tuple(WEIGHTS)] = "1"     # w_n of the aligned loss over exits
+    imitation: float = 0.01             # weight of the loss that teaches the causal rule top-k's choices
+    tau: float = 0.9                    # confidence threshold of the adaptive evaluation after training
+    eval_every: int = 200               # steps between evaluations
+    eval_windows: int = 64              # fixed validation windows
+    save_every: int = 200               # steps between checkpoints
+    log_every: int = 10
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on a GPU that has it
+    compile: bool = False               # torch.compile every block
+    stop_at: int = 0                    # stop after this step as if interrupted; 0: do not
+    resume: str = ""                    # continue this run, exactly; see MAY_CHANGE
+
+
+MAY_CHANGE = {"device", "compile", "stop_at", "out", "resume"}     # what a resumed run may be given anew
+
+# An option that would do nothing is refused: option -> (when it counts, what to tell).
+COUNTS = {
+    "capacity": (lambda o: o.model.routed != "none", "no block is routed (--routed none)"),
+    "gate": (lambda o: o.model.routed != "none", "no block is routed (--routed none)"),
+    "causal": (lambda o: o.model.routed != "none", "no block is routed (--routed none)"),
+    "imitation": (lambda o: o.model.routed != "none", "no block is routed (--routed none)"),
+    "predictor_width": (lambda o: o.model.routed != "none" and o.model.causal == "predictor",
+                        "there is no predictor (--routed none or --causal router)"),
+    "exit_weights": (lambda o: o.model.exits == "all", "only the last block has a classifier (--exits last)"),
+    "tau": (lambda o: o.model.exits == "all", "only the last block has a classifier (--exits last)"),
+}
+
+POSITIVE = ("steps", "batch", "accumulate", "lr", "clip", "eval_every", "eval_windows", "save_every",
+            "log_every", "n_layer", "n_head", "n_embd", "block_size", "predictor_width")
+
+
+def words(table):
+    """A flat mapping of options -> the command line words that say the same."""
+    return [w for name, value in table.items() for w in (f"--{name}", str(value))]
+
+
+def flat(options):
+    """Options -> one flat dict, the model's fields among the others."""
+    table = dataclasses.asdict(options)
+    return {**table.pop("model"), **table}
+
+
+def parse(argv, kind=Options, config=(tyro.conf.FlagConversionOff,)):
+    """Command line words -> an instance of `kind`. The one checker of names, types and choices."""
+    return tyro.cli(kind, args=argv, config=config)
+
+
+def read_options(argv):
+    """[preset] --option value ... -> checked Options. A preset file says the same words earlier."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        argv = preset(argv[0]) + argv[1:]
+    options = parse(argv)
+    if options.resume:
+        stored = read_json(find(options.resume, options.out) / "options.json")["options"]
+        given = {w[2:].split("=")[0].replace("-", "_") for w in argv if w.startswith("--")}
+        if given - MAY_CHANGE:
+            raise UserError(f"--{sorted(given - MAY_CHANGE)[0]} cannot be changed by --resume: the run goes "
+                            f"on as it began. May be given: {', '.join(sorted(MAY_CHANGE))}")
+        options = parse(words({k: v for k, v in stored.items() if k not in MAY_CHANGE}) + argv)
+    check(options)
+    return options
+
+
+def preset(name):
+    """configs/NAME.toml -> command line words. UserError for an unknown name or a file that is no TOML."""
+    known = sorted(p.stem for p in (HERE / "configs").glob("*.toml"))
+    if name not in known:
+        raise UserError(f"unknown preset '{name}'; there are: {', '.join(known)} (configs/*.toml)")
+    try:
+        table = tomllib.loads((HERE / "configs" / f"{name}.toml").read_text("utf-8"))
+    except tomllib.TOMLDecodeError as e:
+        raise UserError(f"configs/{name}.toml is not valid TOML: {e}") from None
+    try:
+        parse(words(table))
+    except SystemExit:
+        print(f"(in configs/{name}.toml)", file=sys.stderr)
+        raise
+    return words(table)
+
+
+def check(options):
+    """Raise UserError for values that cannot be and for options that would do nothing."""
+    value, default = flat(options), flat(Options())
+    for name in POSITIVE:
+        if value[name] <= 0:
+            raise UserError(f"--{name} {value[name]} must be above 0")
+    for name, (counts, why) in COUNTS.items():
+        if value[name] != default[name] and not counts(options):
+            raise UserError(f"--{name} {value[name]} would do nothing: {why}")
+    m = options.model
+    if m.n_embd % (2 * m.n_head):
+        raise UserError(f"--n_embd {m.n_embd} is not an even multiple of --n_head {m.n_head}")
+    if not 0 < m.capacity <= 1:
+        raise UserError(f"--capacity {m.capacity} must be above 0 and at most 1: a share of the tokens")
+    if not 0 <= m.dropout < 1:
+        raise UserError(f"--dropout {m.dropout} must be from 0 to below 1")
+    if options.batch % options.accumulate:
+        raise UserError(f"--batch {options.batch} cannot be cut into {options.accumulate} equal pieces "
+                        f"(--accumulate)")
+    try:
+        m.routed_blocks()
+    except ValueError as e:
+        raise UserError(f"--routed: {e}; use none, odd, even, all or numbers such as 1,3") from None
+
+
+# ----------------------------------------------------------------------------- device
+
+
+def device_of(name):
+    """"auto", "cpu", "cuda" or "mps" -> torch.device. Raises UserError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n, ok in there.items() if ok)
+    if not there[name]:
+        raise UserError(f"no {name} on this machine; use --device auto")
+    return torch.device(name)
+
+
+def autocast(device, dtype):
+    """The context in which the network runs: bfloat16 autocast, or nothing."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def compile_blocks(model):
+    """torch.compile every block in place (state_dict keys stay); one line and eager if that cannot work."""
+    try:
+        if platform.system() == "Windows" and not shutil.which("cl"):
+            raise RuntimeError("no C++ compiler found")
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=model.wte.weight.device))
+    except Exception as e:     # whatever the compiler stack raises here, eager works
+        print(f"compile is not possible here ({type(e).__name__}): going on without it", file=sys.stderr)
+        return
+    for block in model.blocks:
+        block.compile()
+
+
+# ----------------------------------------------------------------------------- run folders
+
+
+def new_folder(out):
+    """Make and return out/001, out/002, ...: the first number after those that exist."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    number = max([int(p.name) for p in out.iterdir() if re.fullmatch(r"\d+", p.name)], default=0)
+    while True:
+        number += 1
+        try:
+            (out / f"{number:03d}").mkdir()
+            return out / f"{number:03d}"
+        except FileExistsError:
+            continue
+
+
+def find(run, out="runs"):
+    """A run's folder, its number, or "last" -> Path. Raises UserError naming those that exist."""
+    out = Path(out)
+    numbered = [p for p in out.iterdir() if re.fullmatch(r"\d+", p.name)] if out.is_dir() else []
+    numbered.sort(key=lambda p: int(p.name))
+    if run == "last" and numbered:
+        return numbered[-1]
+    for p in [Path(run), *(p for p in numbered if run.isdigit() and int(p.name) == int(run))]:
+        if (p / "options.json").is_file():
+            return p
+    there = f"{out} has {numbered[0].name} to {numbered[-1].name}" if numbered else f"{out} has none yet"
+    raise UserError(f"no run '{run}': {there}. `python train.py` makes one")
+
+
+def write_atomically(path, write):
+    """write(file) into path.tmp, flush to the disk, then rename: `path` is the old file or all of the new."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:        # torch.save reports a full disk as RuntimeError
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({e}); is the disk full? What was there is untouched") from e
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode("utf-8")))
+
+
+def environment(device):
+    """What a result depends on besides its options."""
+    git = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    return {"torch": torch.__version__, "python": platform.python_version(),
+            "device": f"{device.type} {name}", "threads": torch.get_num_threads(),
+            "commit": git.stdout.strip() or "unknown"}
+
+
+def read_json(path):
+    """A run's JSON file -> its value. Raises UserError if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+
+
+class Metrics:
+    """metrics.jsonl: lines {"kind": "train" | "val", "step": ..., ...}; "step" counts finished steps."""
+
+    def __init__(self, folder, step):
+        """Keep what came before `step`; the evaluation at `step` itself will be done, and written, again."""
+        self.path = Path(folder) / "metrics.jsonl"
+        kept = [m for m in read_metrics(folder) if m["step"] < step + (m["kind"] == "train")]
+        text = "".join(json.dumps(m) + "\n" for m in kept)
+        write_atomically(self.path, lambda f: f.write(text.encode("utf-8")))
+
+    def write(self, kind, step, **values):
+        with open(self.path, "a", encoding="utf-8", newline="\n") as f:
+            f.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+
+
+def read_metrics(folder):
+    """The lines of metrics.jsonl as dicts; a last line cut short by a crash is dropped."""
+    path, found = Path(folder) / "metrics.jsonl", []
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+def save(folder, step, model, optimizer):
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    write_atomically(Path(folder) / "ckpt.pt", lambda f: torch.save(state, f))
+
+
+def load(folder, device):
+    """ckpt.pt -> its dict, every byte checked. Raises UserError if it is missing or damaged."""
+    path = Path(folder) / "ckpt.pt"
+    if not path.is_file():
+        raise UserError(f"{folder} has no ckpt.pt: the run stopped before its first checkpoint")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()       # torch.load accepts flipped bytes
+        if damaged:
+            raise RuntimeError(f"checksum of {damaged}")
+        return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is damaged ({e}); start the run again or take another") from None
+
+
+def open_run(run, out="runs", device="auto"):
+    """-> (folder, Options, device, model in eval mode with the run's weights)."""
+    folder, device = find(run, out), device_of(device)
+    options = parse(words(read_json(folder / "options.json")["options"]))
+    state = load(folder, device)["model"]
+    model = GPT(options.model, len(state["wte.weight"])).to(device)
+    fill(model, state, folder)
+    return folder, options, device, model.eval()
+
+
+def fill(model, state, folder):
+    """Load weights, or raise UserError if the checkpoint is of another shape."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        first = str(e).splitlines()[1].strip()
+        raise UserError(f"{folder}/ckpt.pt does not fit {folder}/options.json: {first}") from None
+
+
+class Interrupt:
+    """True once SIGTERM or Ctrl-C has come: finish the step, save, leave. A second one ends at once."""
+
+    def __init__(self):
+        self.came = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def _note(self, *_):
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
+
+    def __bool__(self):
+        return self.came
