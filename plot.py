@@ -1,0 +1,160 @@
+"""Draw a run from its files alone (metrics.jsonl, depth.npz, tokenizer.json): python plot.py --run 3
+
+    figures/map.png       which blocks each token of real text ran, token by block
+    figures/depth.png     how many tokens left at each exit, and how many blocks tokens ran
+    figures/router.png    the router's weights, by block
+    figures/loss.png      loss of every exit over training, top-k and causal
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import ListedColormap
+
+import run
+from data.common import UserError, command, load_tokenizer
+
+plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11,
+                     "axes.spines.top": False, "axes.spines.right": False,
+                     "axes.titlesize": 12, "axes.titlelocation": "left"})
+
+
+@dataclass
+class Options:
+    """Draw the figures of a run."""
+    run: str = "last"       # its folder or number, or "last"
+    out: str = "runs"       # where numbered runs are
+    window: int = 0         # which validation window the map shows
+    first: int = 0          # first token of the map
+    tokens: int = 44        # tokens in the map
+
+
+def colors_of(L):
+    """One colour per block, shallow to deep."""
+    return plt.cm.viridis_r(np.linspace(0.08, 0.95, L))
+
+
+def shown(encoding, i):
+    """A token as an axis label: white space made visible, dollars safe from matplotlib's mathematics."""
+    text = encoding.decode_single_token_bytes(int(i)).decode("utf-8", "replace")
+    text = text.replace("\n", "↵").replace("\t", "→").replace(" ", "␣")
+    return (text if len(text) <= 10 else text[:9] + "…").replace("$", r"\$")
+
+
+def draw_map(depth, encoding, options):
+    """Token x block: dark ran, pale went around a routed block, hatched had already left."""
+    visited, exit_at = depth["visited"], depth["exit_at"]
+    W, T, L = visited.shape
+    if not (0 <= options.window < W and 0 <= options.first < T and options.tokens > 0):
+        raise UserError(f"--window must be from 0 to {W - 1} and --first from 0 to {T - 1}, --tokens above 0")
+    part = slice(options.first, min(T, options.first + options.tokens))
+    ran, left = visited[options.window, part], exit_at[options.window, part]            # (t,L), (t,)
+    exited = np.arange(1, L + 1) > left[:, None]
+    picture = np.where(ran, 2, np.where(exited, 0, 1))
+    fig, ax = plt.subplots(figsize=(12, 1.9 + 0.3 * L))
+    ax.pcolormesh(picture.T, cmap=ListedColormap(["#ffffff", "#f3c998", "#27508c"]), vmin=0, vmax=2,
+                  edgecolors="#d5d9e0", linewidth=0.5)
+    ax.step(np.arange(len(left) + 1), np.append(left, left[-1]), where="post", color="#c0392b", lw=2)
+    ax.set_yticks(np.arange(L) + 0.5, [f"{n}{' routed' if is_routed else ''}" for n, is_routed in
+                                       enumerate(routed_blocks(depth), 1)])
+    words = [shown(encoding, i) for i in depth["ids"][options.window, part]]
+    ax.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90, fontfamily="monospace", fontsize=10)
+    ax.tick_params(length=0)
+    ax.set_ylabel("block")
+    handles = [plt.Rectangle((0, 0), 1, 1, fc=c, ec="#d5d9e0") for c in ("#27508c", "#f3c998", "#ffffff")]
+    handles.append(plt.Line2D([], [], color="#c0392b", lw=2))
+    names = ["ran", "went around (MoD)", "state copied (had left)", "exit"]
+    ax.legend(handles, names, ncols=4, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), fontsize=10)
+    ax.set_title(f"blocks each token runs (confidence > {float(depth['tau']):g}, causal routing)")
+    return fig
+
+
+def routed_blocks(depth):
+    """(L,) bool: the blocks that have a router."""
+    return ~np.isnan(depth["score"]).all((0, 1))
+
+
+def draw_depth(depth):
+    """Two histograms: the exit, and the number of blocks run. With a mean line each."""
+    L = depth["visited"].shape[-1]
+    fig, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    for ax, values, title in ((axes[0], depth["exit_at"], "exit: the block after which a token left"),
+                              (axes[1], depth["visited"].sum(-1), "blocks run by a token")):
+        share = np.bincount(values.ravel().astype(int), minlength=L + 1)[1:] / values.size
+        bars = ax.bar(np.arange(1, L + 1), share, color=colors_of(L), width=0.8)
+        ax.bar_label(bars, [f"{s:.0%}" if s >= 0.005 else "" for s in share], fontsize=9)
+        ax.axvline(values.mean(), color="#c0392b", ls="--", lw=1.5)
+        ax.annotate(f"mean {values.mean():.2f}", (values.mean(), 1), xycoords=("data", "axes fraction"),
+                    xytext=(4, -4), textcoords="offset points", va="top", color="#c0392b")
+        ax.set(title=title, xlabel="block" if ax is axes[0] else "blocks", xticks=range(1, L + 1))
+    axes[0].set_ylabel("share of tokens")
+    fig.suptitle(f"{depth['exit_at'].size:,} validation tokens, confidence > {float(depth['tau']):g}, "
+                 "causal routing", x=0.01, ha="left", fontsize=10, color="#555555")
+    return fig
+
+
+def draw_router(depth):
+    """Histogram of r by routed block (log counts), split by what the causal rule did."""
+    routed = np.flatnonzero(routed_blocks(depth))
+    fig, axes = plt.subplots(1, len(routed), figsize=(max(4, 3 * len(routed)), 3), sharey=True, squeeze=False)
+    for ax, n in zip(axes[0], routed, strict=True):
+        alive = depth["exit_at"] > n
+        score, ran = depth["score"][..., n][alive], depth["visited"][..., n][alive]
+        bins = np.linspace(score.min(), score.max() + 1e-6, 50)
+        ax.hist([score[ran], score[~ran]], bins, stacked=True, log=True, color=["#27508c", "#f3c998"],
+                label=["ran", "went around"])
+        ax.set(title=f"block {n + 1}: {ran.mean():.0%} ran", xlabel="router weight r")
+    axes[0][0].set_ylabel("tokens (log)")
+    axes[0][-1].legend(frameon=False, fontsize=9)
+    return fig
+
+
+def draw_loss(metrics):
+    """Validation loss of each exit over training, a panel per routing rule. None before an evaluation."""
+    found = [m for m in metrics if m["kind"] == "val"]
+    if not found:
+        return None
+    rules = list(found[-1]["loss"])
+    fig, axes = plt.subplots(1, len(rules), figsize=(5.6 * len(rules), 3.8), sharey=True, squeeze=False)
+    for ax, rule in zip(axes[0], rules, strict=True):
+        loss = np.array([m["loss"][rule] for m in found])                               # (evaluations, N)
+        for n, color in enumerate(colors_of(loss.shape[1])):
+            ax.plot([m["step"] for m in found], loss[:, n], color=color, lw=1.8, label=f"{n + 1}")
+        ax.set(title={"top_k": "top-k routing" if len(rules) > 1 else "validation",
+                      "causal": "causal routing"}[rule], xlabel="step")
+        ax.annotate(f"last exit {loss[-1, -1]:.3f}", (1, 0.98), xycoords="axes fraction",
+                    ha="right", va="top", fontsize=10)
+        ax.grid(axis="y", color="#e6e6e6")
+    axes[0][0].set_ylabel("loss (nats per token)")
+    axes[0][-1].legend(title="exit", frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+@command
+def main(argv=None):
+    options = run.parse(argv, Options)
+    folder = run.find(options.run, options.out)
+    figures = {"loss": draw_loss(run.read_metrics(folder))}
+    if (folder / "depth.npz").is_file():
+        with np.load(folder / "depth.npz") as archive:
+            depth = dict(archive)
+        figures["map"] = draw_map(depth, load_tokenizer(folder / "tokenizer.json"), options)
+        figures["depth"] = draw_depth(depth)
+        if routed_blocks(depth).any():
+            figures["router"] = draw_router(depth)
+    else:
+        print(f"{folder} has no depth.npz yet (train.py writes it at the end): drawing the loss alone")
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, fig in figures.items():
+        if fig is not None:
+            fig.savefig(Path(folder) / "figures" / f"{name}.png")
+            plt.close(fig)
+            print(f"wrote {folder}/figures/{name}.png")
+
+
+if __name__ == "__main__":
+    main()
