@@ -1,0 +1,97 @@
+"""Tiny real models and a tiny trained run for all tests. No network: a connection is an error."""
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (ROOT, ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+from model import GPT, Attention, GPTConfig, Tokens, rotations  # noqa: E402
+from routing import causal  # noqa: E402
+
+torch.set_num_threads(1)
+V = 23
+
+
+def _refuse(*_, **__):
+    raise OSError("tests must not use the network")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", _refuse)
+    monkeypatch.setattr(socket, "create_connection", _refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", _refuse)
+
+
+def tiny(seed=0, **options):
+    """A GPT in float64 whose every parameter, norms and biases too, is random and large enough to matter."""
+    config = GPTConfig(**{"n_layer": 4, "n_head": 2, "n_embd": 16, "block_size": 24,
+                          "routed": "odd", "capacity": 0.25} | options)
+    torch.manual_seed(seed)
+    model = GPT(config, V).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.rope = rotations(config.block_size, config.n_embd // config.n_head, torch.float64)
+    ids = texts()
+    at = Tokens(torch.arange(ids.size(1)).expand_as(ids))
+    for block, (_, visit) in zip(model.blocks, model.trunk(model.embed(ids), at, route=causal), strict=True):
+        if getattr(block, "predictor", None):     # so that about half of the tokens run
+            block.predictor[2].bias.data -= visit.guess.median() + 0.01
+    return model.eval()
+
+
+def texts(seed=0, rows=3, T=16):
+    """Random token ids (rows,T)."""
+    return torch.randint(0, V, (rows, T), generator=torch.Generator().manual_seed(seed))
+
+
+TINY = ["--n_layer", "4", "--n_head", "2", "--n_embd", "16", "--block_size", "32", "--batch", "4",
+        "--steps", "8", "--warmup", "2", "--eval_every", "4", "--eval_windows", "4", "--save_every", "4",
+        "--log_every", "1", "--tau", "0.05", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A prepared data set of generated code."""
+    from data.text import prepare
+
+    source = tmp_path_factory.mktemp("source")
+    for n in range(12):
+        body = "".join(f"def f{n}_{i}(x, y):\n    return x * {i} + y - {n}\n\n" for i in range(60))
+        (source / f"part{n}.py").write_text(body, encoding="utf-8")
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    prepare.main(["--source", str(source), "--vocab-size", "300", "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def train(dataset, tmp_path):
+    """train(*words) runs train.main in this process, without sample and figures -> its run folder."""
+    import train as script
+
+    def go(*words, out=tmp_path / "runs"):
+        script.main(["--data", str(dataset), "--out", str(out), *TINY, *map(str, words)])
+        return max(out.iterdir())
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def finished(dataset, tmp_path_factory):
+    """The folder of one finished tiny run (do not change it)."""
+    import train as script
+
+    out = tmp_path_factory.mktemp("runs")
+    words = ["--steps", "60", "--lr", "0.01", "--eval_every", "20", "--tau", "0.5"]
+    script.main(["--data", str(dataset), "--out", str(out), *TINY, *words])
+    assert json.loads((out / "001" / "options.json").read_text("utf-8"))["options"]["n_embd"] == 16
+    return out / "001"

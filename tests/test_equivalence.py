@@ -1,0 +1,210 @@
+"""Two ways to compute one thing agree: the project against loops from the papers, and against itself.
+
+float64 throughout: decisions (exits, routes) must be equal, numbers close.
+"""
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import texts, tiny
+
+import decode
+import exits
+from model import Tokens
+from routing import causal, top_k
+from train import positions
+
+MODELS = {
+    "default": {},
+    "dense": {"routed": "none"},
+    "router decides": {"causal": "router"},
+    "sigmoid gate, separate classifiers": {"gate": "sigmoid", "classifier": "separate", "routed": "0,2,3"},
+    "every block": {"routed": "all", "capacity": 0.5},
+}
+RULES = {"full": exits.full_depth, "fixed": exits.fixed_exit(2),
+         "confidence": exits.confidence([0.35, 0.4, 0.3])}
+
+
+@pytest.fixture(params=MODELS, ids=list(MODELS))
+def model(request):
+    return tiny(**MODELS[request.param])
+
+
+@pytest.fixture(params=RULES, ids=list(RULES))
+def rule(request):
+    return RULES[request.param]
+
+
+def naive(model):
+    c = model.config
+    weights = {k: v.detach().numpy() for k, v in model.state_dict().items()}
+    return reference.Reference(weights, c.n_layer, c.n_head, c.capacity, c.gate)
+
+
+def close(a, b):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-9, atol=1e-9)
+
+
+def by_steps(model, ids, rule, chunks=None):
+    """Read ids (B,T) through a cache, `chunks` tokens at a time -> (Read, cache)."""
+    B, T = ids.shape
+    past, parts, t = decode.empty_cache(model, B, T), [], 0
+    for size in chunks or [1] * T:
+        part = slice(t, t + size)
+        parts.append(decode.read(model, ids[:, part], positions(ids)[:, part], past, rule, causal))
+        t += size
+    return decode.Read(*(torch.cat(p, 1) for p in zip(*parts, strict=True))), past
+
+
+def same(a, b):
+    assert torch.equal(a.exit_at, b.exit_at) and torch.equal(a.visited, b.visited)
+    close(a.logits, b.logits)
+
+
+def test_training_forward_is_the_papers(model):
+    """Any fault in the block, the gate, the residual, the order or number of selected tokens [MoD eq. 1]."""
+    ids = texts()
+    found = list(model.trunk(model.embed(ids), Tokens(positions(ids))))
+    for b, row in enumerate(ids.tolist()):
+        states, visited, scores, guesses = naive(model).forward_top_k(row)
+        for n, (h, visit) in enumerate(found):
+            close(h[b].detach(), states[n + 1])
+            assert np.array_equal(visit.ran[b], visited[:, n])
+            if visit.score is not None:
+                close(visit.score[b].detach(), scores[:, n])
+                close(visit.guess[b].detach(), guesses[:, n])
+
+
+def test_decoding_is_the_papers(model, rule):
+    """Copied states, routed caches, who exits where: token by token against explicit lists."""
+    ids = texts(rows=1, T=10)
+    found, past = by_steps(model, ids, rule)
+
+    def loops(n, logits, h):
+        tensor = torch.from_numpy(np.asarray(logits))[None, None]
+        return bool(rule(n, torch.from_numpy(np.asarray(h))[None, None], lambda: tensor))
+
+    logits, exit_at, visited, cached = naive(model).decode(ids[0].tolist(), loops)
+    assert np.array_equal(found.exit_at[0], exit_at) and np.array_equal(found.visited[0], visited)
+    close(found.logits[0], logits)
+    assert [int(kv.used) for kv in past] == list(cached)
+
+
+def test_one_masked_pass_is_step_by_step(model, rule):
+    """A prompt that does not follow the exit rule, or routes by anything but the past."""
+    ids = texts()
+    same(decode.read(model, ids, positions(ids), None, rule, causal), by_steps(model, ids, rule)[0])
+
+
+@pytest.mark.parametrize("chunks", [[16], [5, 11], [1, 7, 1, 3, 4]])
+def test_any_chunking_of_the_prompt(model, rule, chunks):
+    """A mask or a slot that is right only for one token, or only for an empty cache."""
+    ids = texts()
+    same(by_steps(model, ids, rule, chunks)[0], by_steps(model, ids, rule)[0])
+
+
+def test_batched_ragged_generation_is_single(model, rule):
+    """Padding that is attended, routed or counted; rows that share cache slots or random numbers."""
+    rows = [texts(seed=b, rows=1, T=T)[0].tolist() for b, T in enumerate((7, 1, 4))]
+    for temperature in (0, 1.0):
+        batch = decode.generate(model, rows, 8, rule, temperature=temperature, top=9)
+        for b, row in enumerate(rows):
+            alone = decode.generate(model, [[0]] * b + [row], 8, rule, temperature=temperature, top=9)[b]
+            assert batch[b].ids == alone.ids and batch[b].prompt == len(row)
+            assert np.array_equal(batch[b].exit_at, alone.exit_at)
+            assert np.array_equal(batch[b].visited, alone.visited)
+
+
+def test_generation_is_reading(model, rule):
+    """Greedy text, exits and visits from the cache are those of one pass over the finished text."""
+    row = decode.generate(model, [[1, 2, 3]], 12, rule, temperature=0)[0]
+    ids = torch.tensor([row.ids])
+    whole = decode.read(model, ids, positions(ids), None, rule, causal)
+    assert row.ids[3:] == whole.logits[0, 2:-1].argmax(-1).tolist()
+    assert np.array_equal(row.exit_at, whole.exit_at[0, :-1])
+    assert np.array_equal(row.visited, whole.visited[0, :-1])
+
+
+def test_a_row_that_ended_changes_nothing_for_the_others():
+    """Rows that ended still writing to the cache, or cutting the others off."""
+    model = tiny()
+    free = decode.generate(model, [[1], [2], [3]], 10, exits.full_depth, temperature=0)
+    end = free[0].ids[4]
+    stopped = decode.generate(model, [[1], [2], [3]], 10, exits.full_depth, temperature=0, end=end)
+    for a, b in zip(free, stopped, strict=True):
+        expected = a.ids[: a.ids.index(end, 1) + 1] if end in a.ids[1:] else a.ids
+        assert b.ids == expected and len(b.exit_at) == len(b.ids) - 1
+    assert len(stopped[0].ids) < len(free[0].ids)
+
+
+@pytest.mark.parametrize("route", [top_k, causal])
+def test_full_depth_reading_is_forward(model, route):
+    """A trunk for decoding that differs from the one for training."""
+    ids = texts()
+    a = decode.read(model, ids, positions(ids), None, exits.full_depth, route)
+    close(a.logits, model(ids, route).detach())
+    assert (a.exit_at == 4).all()
+
+
+def test_capacity_one_and_r_one_is_dense_bit_for_bit():
+    """[MoD eq. 1] residual doubled or scaled by r: x + r f(x) must be x + f(x) exactly at r = 1."""
+    routed, dense = tiny(capacity=1.0), tiny(routed="none")
+    own = {k.replace(".block.", "."): v for k, v in routed.state_dict().items()}
+    dense.load_state_dict({k: own[k] for k in dense.state_dict()})
+    for block in routed.blocks[1::2]:
+        block.gate = torch.ones_like
+    ids = texts()
+    for m in (routed, dense):
+        m.float()
+    assert torch.equal(routed(ids), dense(ids))
+
+
+def test_batch_is_rows(model):
+    """Top-k or targets of the flattened batch instead of each sequence (papers: row offset forgotten)."""
+    ids = texts()
+    for route in (top_k, causal):
+        whole = decode.read(model, ids, positions(ids), None, exits.full_depth, route)
+        for b in range(len(ids)):
+            row = ids[b:b + 1]
+            alone = decode.read(model, row, positions(row), None, exits.full_depth, route)
+            assert torch.equal(whole.visited[b:b + 1], alone.visited)
+            close(whole.logits[b:b + 1], alone.logits)
+
+
+def test_gradients_exit_by_exit_are_those_of_the_sum(model, monkeypatch):
+    """The aligned loss walked back with one logits tensor alive, in chunks, is the naive sum of losses."""
+    from types import SimpleNamespace
+
+    from routing import imitation_loss
+    from train import aligned
+    monkeypatch.setattr(exits, "CHUNK", 5 * 23)
+    ids, targets = texts(1), texts(2)
+    options = SimpleNamespace(exit_weights="sqrt(n)", imitation=0.3)
+    sums = aligned(model, ids, targets, 1 / ids.numel(), options)
+    ours = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss, w = 0, [n**0.5 for n in (1, 2, 3, 4)]
+    for n, (h, visit) in enumerate(model.trunk(model.embed(ids), Tokens(positions(ids))), 1):
+        nats = exits.nats(model.classifiers(n, h), targets).sum()
+        close(nats.item(), sums[n - 1])
+        loss = loss + nats * w[n - 1] / sum(w)
+        if visit.guess is not None:
+            loss = loss + 0.3 * imitation_loss(visit)
+    (loss / ids.numel()).backward()
+    theirs = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys()
+    for k in theirs:
+        close(ours[k], theirs[k])
+
+
+def test_losses_are_the_papers(model):
+    """The aligned loss and the imitation loss against sums written out by hand."""
+    from routing import imitation_loss
+    ids, targets = texts(1, rows=1), texts(2, rows=1)
+    loops = naive(model)
+    expected = loops.losses(ids[0].tolist(), targets[0].tolist())
+    _, visited, _, guesses = loops.forward_top_k(ids[0].tolist())
+    for n, (h, visit) in enumerate(model.trunk(model.embed(ids), Tokens(positions(ids))), 1):
+        close(exits.nats(model.classifiers(n, h), targets).sum().item(), expected[n])
+        if visit.guess is not None:
+            close(imitation_loss(visit).item(), reference.bce(guesses[:, n - 1], visited[:, n - 1]))

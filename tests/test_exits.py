@@ -1,0 +1,107 @@
+"""Exit classifiers, weights and halting rules [DAT]."""
+import pytest
+import torch
+from conftest import V, texts, tiny
+
+import decode
+import exits
+from routing import causal
+from train import positions
+
+
+def read(model, ids, rule):
+    return decode.read(model, ids, positions(ids), None, rule, causal)
+
+
+def test_weights_are_the_five_of_the_paper_and_sum_to_one():
+    """w_n forgotten in the denominator, or n counted from 0."""
+    assert exits.exit_weights("1", (1, 2, 3, 4)) == [0.25] * 4
+    assert exits.exit_weights("n", (1, 2, 3)) == [1 / 6, 2 / 6, 3 / 6]
+    assert exits.exit_weights("1/n", (1, 2)) == pytest.approx([2 / 3, 1 / 3])
+    assert exits.exit_weights("sqrt(n)", (1, 4)) == pytest.approx([1 / 3, 2 / 3])
+    assert exits.exit_weights("1/sqrt(n)", (1, 4)) == pytest.approx([2 / 3, 1 / 3])
+    assert len(exits.WEIGHTS) == 5
+
+
+def test_confidence_leaves_at_the_first_block_that_is_sure_enough():
+    """Thresholds of the wrong block, `>=`, or the last instead of the first block."""
+    model, ids = tiny(routed="none"), texts()
+    tau = [0.30, 0.45, 0.25]
+    found, h = read(model, ids, exits.confidence(tau)), {}
+    full = [decode.read(model, ids, positions(ids), None, exits.fixed_exit(n), causal) for n in (1, 2, 3, 4)]
+    first = full[0].logits.softmax(-1).amax(-1) > tau[0]       # block 1 sees no copied state: comparable
+    assert torch.equal(found.exit_at == 1, first) and 0 < first.sum() < first.numel()
+    assert {1, 4} <= set(found.exit_at.flatten().tolist())
+    assert not h
+
+
+@pytest.mark.parametrize("tau, exit_at", [([1.0] * 3, 4), ([0.0] * 3, 1)])
+def test_confidence_at_its_ends(tau, exit_at):
+    """tau = 1 never leaves (p > 1 is impossible), tau = 0 always leaves at once."""
+    assert (read(tiny(), texts(), exits.confidence(tau)).exit_at == exit_at).all()
+
+
+@pytest.mark.parametrize("e", [1, 2, 3, 4])
+def test_everybody_at_e_is_the_model_cut_at_e(e):
+    """An exit that still runs blocks above it, or is read by the classifier of another."""
+    model, ids = tiny(), texts()
+    found = read(model, ids, exits.fixed_exit(e))
+    from model import Tokens
+    at = Tokens(positions(ids))
+    for n, (h, _) in enumerate(model.trunk(model.embed(ids), at, route=causal), 1):
+        if n == e:
+            torch.testing.assert_close(found.logits, model.classifiers(e, h))
+            break
+    assert (found.exit_at == e).all() and not found.visited[..., e:].any()
+
+
+def test_dense_blocks_above_an_exit_keep_the_copied_state_and_routed_ones_nothing():
+    """The two papers differ in what a token that does not run leaves behind."""
+    model, ids = tiny(), texts()
+    past = decode.empty_cache(model, 3, 16)
+    decode.read(model, ids, positions(ids), past, exits.fixed_exit(1), causal)
+    assert [kv.used.flatten().tolist() for kv in past] == [[16] * 3, [0] * 3, [16] * 3, [0] * 3]
+    h = next(model.trunk(model.embed(ids), decode.Tokens(positions(ids))))[0]
+    block = model.blocks[2]
+    k, v = block.attn.keys_values(block.ln1(h), positions(ids))     # its own norm and projections
+    torch.testing.assert_close(past[2].k[:, :, :16], k)
+    torch.testing.assert_close(past[2].v[:, :, :16], v)
+
+
+def test_each_exit_has_its_own_norm_and_shares_or_owns_its_matrix():
+    """Classifiers tied when they should be separate, or the other way round."""
+    for kind, matrices in (("tied", 0), ("separate", 4)):
+        model = tiny(classifier=kind)
+        assert len(model.classifiers.norms) == 4
+        own = [p for n, p in model.named_parameters()
+               if n.startswith("classifiers.weights") and p.shape == (V, 16)]
+        assert len(own) == matrices
+    assert tiny(classifier="tied").classifiers.weights["tied"] is not None
+    last = tiny(exits="last")
+    assert last.classifiers.blocks == (4,) and len(last.classifiers.norms) == 1
+
+
+def test_pick_samples_the_distribution_it_is_given():
+    """Temperature on the wrong side, top-k that keeps k+1, a cumulative sum that returns a token of p = 0."""
+    logits = torch.tensor([[0.0, 2.0, 1.0, -torch.inf, 3.0]]).double()
+    u = torch.linspace(0, 1, 20001)[:-1].double()
+    many = logits.expand(len(u), -1)
+    for temperature, top in ((1.0, None), (0.5, None), (1.0, 2), (2.0, 3)):
+        p = (logits / temperature).softmax(-1)
+        if top:
+            p = torch.where(logits >= logits.topk(top).values[0, -1], p, 0)
+            p = p / p.sum()
+        seen = torch.bincount(decode.pick(many, temperature, top, u), minlength=5) / len(u)
+        torch.testing.assert_close(seen.double(), p[0], rtol=0, atol=2e-4)
+    assert decode.pick(logits, 0, None, u[:1]).item() == 4
+    assert decode.pick(logits, 1.0, 1, u[-1:]).item() == 4
+
+
+def test_generate_refuses_what_cannot_be():
+    """An index error deep inside instead of a sentence."""
+    model = tiny()
+    with pytest.raises(ValueError, match="empty prompt"):
+        decode.generate(model, [[1], []], 3, exits.full_depth)
+    with pytest.raises(ValueError, match="exceed the context of 24"):
+        decode.generate(model, [[1] * 20], 5, exits.full_depth)
+    assert len(decode.generate(model, [[1] * 20], 4, exits.full_depth)[0].ids) == 24

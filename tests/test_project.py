@@ -1,0 +1,81 @@
+"""The repository itself: style, size, who may import whom."""
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+CORE = ["model", "exits", "routing", "decode", "cost", "run", "train", "sample"]
+INSTRUMENTS = ["data/common", "data/pysource/prepare", "data/text/prepare", "data/shakespeare/prepare",
+               "evaluate", "plot", "bench", "reproduce"]
+# Who may import whom. Scripts stand on top and never import each other.
+MAY_IMPORT = {
+    "exits": set(), "routing": set(), "data/common": set(),
+    "model": {"exits", "routing"},
+    "decode": {"model", "exits", "routing"},
+    "run": {"data.common", "exits", "model"},
+    "train": {"run", "data.common", "decode", "exits", "model", "routing"},
+    "sample": {"run", "data.common", "decode", "exits"},
+    "plot": {"run", "data.common"},
+    "bench": {"run", "data.common", "model", "exits", "routing", "decode"},
+}
+OURS = {"model", "exits", "routing", "decode", "cost", "run", "train", "sample", "evaluate", "plot", "bench",
+        "reproduce", "data"}
+
+
+def test_ruff():
+    """Unused names, unsorted imports, long lines."""
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", ROOT],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_line_budget(capsys):
+    """Growth is a decision: about 1,400 lines each for the core and the instruments."""
+    with capsys.disabled():
+        for title, names in (("core", CORE), ("instruments", INSTRUMENTS)):
+            lines = {n: len((ROOT / f"{n}.py").read_text("utf-8").splitlines()) for n in names
+                     if (ROOT / f"{n}.py").exists()}
+            each = ", ".join(f"{n} {k}" for n, k in lines.items())
+            print(f"\n{title} {sum(lines.values())} lines: {each}")
+            assert sum(lines.values()) <= 1500
+
+
+def test_no_function_is_long():
+    """A function over 60 lines, train.main included."""
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}:{node.name}"
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_no_circle(name):
+    """exits and routing that know a model; scripts that import each other."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    assert {m for m in found if m.split(".")[0] in OURS} <= MAY_IMPORT[name]
+
+
+def test_every_open_of_text_names_its_encoding():
+    """A file written on one machine and unreadable on another."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]:
+        for call in re.findall(r"\bopen\([^)]*\)", path.read_text("utf-8")):
+            assert "b\"" in call or "encoding=" in call or call == "open()", f"{path.name}: {call}"
+
+
+def test_the_readme_names_every_file_that_exists():
+    """A file map that drifts."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    for path in ROOT.glob("*.py"):
+        assert f"{path.name}" in text, path.name
+    for name in re.findall(r"`tests/(\w+\.py)`", text):
+        assert (ROOT / "tests" / name).exists(), name
+    for path in re.findall(r"\]\(([\w/.-]+\.(?:png|json|md))\)", text):
+        assert (ROOT / path).exists(), path
