@@ -23,7 +23,7 @@ from routing import Routed, Visit, top_k
 @dataclass
 class GPTConfig:
     """The shape of the network: all that a checkpoint needs to be built again."""
-    n_layer: int = 8                                    # L, blocks
+    n_layer: int = 6                                    # L, blocks
     n_head: int = 4                                     # nh
     n_embd: int = 128                                   # C
     block_size: int = 256                               # longest context, in tokens

@@ -41,7 +41,8 @@ def halting_rule(options, trained):
     """The rule that the options name, for the run's training options. -> (rule, its description)."""
     L, kind = trained.model.n_layer, options.rule
     if kind == "auto":
-        kind = "fixed" if options.exit else "confidence" if trained.model.exits == "all" else "full"
+        wants_confidence = options.tau or trained.model.exits == "all"
+        kind = "fixed" if options.exit else "confidence" if wants_confidence else "full"
     if kind != "full" and trained.model.exits != "all":
         raise UserError("this run has a classifier after its last block only, so no token can leave "
                         "early: use --rule full, or train with --exits all")

@@ -66,7 +66,7 @@ def test_no_circle(name):
 def test_every_open_of_text_names_its_encoding():
     """A file written on one machine and unreadable on another."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]:
-        for call in re.findall(r"\bopen\([^)]*\)", path.read_text("utf-8")):
+        for call in re.findall(r"(?<!tarfile\.)\bopen\([^)]*\)", path.read_text("utf-8")):
             assert "b\"" in call or "encoding=" in call or call == "open()", f"{path.name}: {call}"
 
 
