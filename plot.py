@@ -5,6 +5,7 @@
     figures/router.png    the router's weights, by block
     figures/loss.png      loss of every exit over training, top-k and causal
 """
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Options:
     """Draw the figures of a run."""
     run: str = "last"       # its folder or number, or "last"
     out: str = "runs"       # where numbered runs are
-    window: int = 0         # which validation window the map shows
+    window: int | None = None   # which validation window the map shows; left out: the 11th, or the last
     first: int = 0          # first token of the map
     tokens: int = 44        # tokens in the map
 
@@ -41,6 +42,7 @@ def colors_of(L):
 def shown(encoding, i):
     """A token as an axis label: white space made visible, dollars safe from matplotlib's mathematics."""
     text = encoding.decode_single_token_bytes(int(i)).decode("utf-8", "replace")
+    text = re.sub("  +", lambda spaces: f"␣×{len(spaces[0])}", text)
     text = text.replace("\n", "↵").replace("\t", "→").replace(" ", "␣")
     return (text if len(text) <= 10 else text[:9] + "…").replace("$", r"\$")
 
@@ -49,10 +51,11 @@ def draw_map(depth, encoding, options):
     """Token x block: dark ran, pale went around a routed block, hatched had already left."""
     visited, exit_at = depth["visited"], depth["exit_at"]
     W, T, L = visited.shape
-    if not (0 <= options.window < W and 0 <= options.first < T and options.tokens > 0):
+    window = min(10, W - 1) if options.window is None else options.window
+    if not (0 <= window < W and 0 <= options.first < T and options.tokens > 0):
         raise UserError(f"--window must be from 0 to {W - 1} and --first from 0 to {T - 1}, --tokens above 0")
     part = slice(options.first, min(T, options.first + options.tokens))
-    ran, left = visited[options.window, part], exit_at[options.window, part]            # (t,L), (t,)
+    ran, left = visited[window, part], exit_at[window, part]           # (t,L), (t,)
     exited = np.arange(1, L + 1) > left[:, None]
     picture = np.where(ran, 2, np.where(exited, 0, 1))
     fig, ax = plt.subplots(figsize=(12, 1.9 + 0.3 * L))
@@ -61,10 +64,10 @@ def draw_map(depth, encoding, options):
     ax.step(np.arange(len(left) + 1), np.append(left, left[-1]), where="post", color="#c0392b", lw=2)
     ax.set_yticks(np.arange(L) + 0.5, [f"{n}{' routed' if is_routed else ''}" for n, is_routed in
                                        enumerate(routed_blocks(depth), 1)])
-    words = [shown(encoding, i) for i in depth["ids"][options.window, part]]
+    words = [shown(encoding, i) for i in depth["ids"][window, part]]
     ax.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90, fontfamily="monospace", fontsize=10)
     ax.tick_params(length=0)
-    ax.set_ylabel("block")
+    ax.set(ylabel="block", xlabel="token read")
     handles = [plt.Rectangle((0, 0), 1, 1, fc=c, ec="#d5d9e0") for c in ("#27508c", "#f3c998", "#ffffff")]
     handles.append(plt.Line2D([], [], color="#c0392b", lw=2))
     names = ["ran", "went around (MoD)", "state copied (had left)", "exit"]
@@ -114,7 +117,8 @@ def draw_router(depth):
 
 
 def draw_loss(metrics):
-    """Validation loss of each exit over training, a panel per routing rule. None before an evaluation."""
+    """Validation loss of each exit over training, a panel per routing rule; untrained values run off the top.
+    None before the first evaluation."""
     found = [m for m in metrics if m["kind"] == "val"]
     if not found:
         return None
@@ -123,12 +127,15 @@ def draw_loss(metrics):
     for ax, rule in zip(axes[0], rules, strict=True):
         loss = np.array([m["loss"][rule] for m in found])                               # (evaluations, N)
         for n, color in enumerate(colors_of(loss.shape[1])):
-            ax.plot([m["step"] for m in found], loss[:, n], color=color, lw=1.8, label=f"{n + 1}")
+            width = 4 - 3 * n / loss.shape[1]     # lines that coincide stay visible
+            ax.plot([m["step"] for m in found], loss[:, n], color=color, lw=width, label=f"{n + 1}")
         ax.set(title={"top_k": "top-k routing" if len(rules) > 1 else "validation",
                       "causal": "causal routing"}[rule], xlabel="step")
         ax.annotate(f"last exit {loss[-1, -1]:.3f}", (1, 0.98), xycoords="axes fraction",
                     ha="right", va="top", fontsize=10)
         ax.grid(axis="y", color="#e6e6e6")
+    late = np.concatenate([m["loss"][r] for m in found[min(1, len(found) - 1):] for r in rules])
+    axes[0][0].set_ylim(late.min() - 0.1, late.max() + 0.3)
     axes[0][0].set_ylabel("loss (nats per token)")
     axes[0][-1].legend(title="exit", frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig

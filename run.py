@@ -38,7 +38,7 @@ class Options:
     model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
     data: str = "pysource"              # a folder under data/, or the path of a prepared folder
     out: str = "runs"                   # where numbered run folders are made
-    steps: int = 1400
+    steps: int = 1300
     batch: int = 4                      # sequences a step
     accumulate: int = 1                 # pieces that a step's batch is cut into, to save memory
     lr: float = 2e-3                    # peak learning rate
@@ -50,10 +50,10 @@ class Options:
     clip: float = 1.0                   # gradient norm is clipped to this
     exit_weights: Literal[tuple(WEIGHTS)] = "1"     # w_n of the aligned loss over exits
     imitation: float = 0.01             # weight of the loss that teaches the causal rule top-k's choices
-    tau: float = 0.5                    # confidence threshold of the adaptive evaluation after training
-    eval_every: int = 350               # steps between evaluations
-    eval_windows: int = 64              # fixed validation windows
-    save_every: int = 350               # steps between checkpoints
+    tau: float = 0.3                    # confidence threshold of the adaptive evaluation after training
+    eval_every: int = 200               # steps between evaluations
+    eval_windows: int = 32              # fixed validation windows
+    save_every: int = 200               # steps between checkpoints
     log_every: int = 10
     seed: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -22,7 +22,8 @@ MODELS = {
     "every block": {"routed": "all", "capacity": 0.5},
 }
 RULES = {"full": exits.full_depth, "fixed": exits.fixed_exit(2),
-         "confidence": exits.confidence([0.35, 0.4, 0.3])}
+         "confidence": exits.confidence([0.24, 0.2, 0.2]),
+         "scattered": lambda n, h, read: (1000 * h[..., 0]).remainder(1) < 0.3}     # no pattern
 
 
 @pytest.fixture(params=MODELS, ids=list(MODELS))
@@ -39,6 +40,13 @@ def naive(model):
     c = model.config
     weights = {k: v.detach().numpy() for k, v in model.state_dict().items()}
     return reference.Reference(weights, c.n_layer, c.n_head, c.capacity, c.gate)
+
+
+def in_loops(rule):
+    """A halting rule as the loops call it: one token's vectors instead of (B,T,...) tensors."""
+    def single(array):
+        return torch.from_numpy(np.asarray(array))[None, None]
+    return lambda n, logits, h: bool(rule(n, single(h), lambda: single(logits)))
 
 
 def close(a, b):
@@ -79,15 +87,25 @@ def test_decoding_is_the_papers(model, rule):
     """Copied states, routed caches, who exits where: token by token against explicit lists."""
     ids = texts(rows=1, T=10)
     found, past = by_steps(model, ids, rule)
-
-    def loops(n, logits, h):
-        tensor = torch.from_numpy(np.asarray(logits))[None, None]
-        return bool(rule(n, torch.from_numpy(np.asarray(h))[None, None], lambda: tensor))
-
-    logits, exit_at, visited, cached = naive(model).decode(ids[0].tolist(), loops)
+    logits, exit_at, visited, cached = naive(model).decode(ids[0].tolist(), in_loops(rule))
     assert np.array_equal(found.exit_at[0], exit_at) and np.array_equal(found.visited[0], visited)
     close(found.logits[0], logits)
     assert [int(kv.used) for kv in past] == list(cached)
+
+
+@pytest.mark.parametrize("way", ["one pass", "steps of a batch"])
+def test_a_batch_is_the_papers(model, rule, way):
+    """States that go on changing after the exit: only a neighbour that is still running shows it."""
+    ids = texts(rows=3, T=10)
+    found = decode.read(model, ids, positions(ids), None, rule, causal)
+    if way == "steps of a batch":
+        found, _ = by_steps(model, ids, rule)
+    if rule is RULES["scattered"]:
+        assert found.exit_at.unique().tolist() == [1, 2, 3, 4]
+    for b, row in enumerate(ids.tolist()):
+        logits, exit_at, visited, _ = naive(model).decode(row, in_loops(rule))
+        assert np.array_equal(found.exit_at[b], exit_at) and np.array_equal(found.visited[b], visited)
+        close(found.logits[b], logits)
 
 
 def test_one_masked_pass_is_step_by_step(model, rule):
@@ -123,6 +141,16 @@ def test_generation_is_reading(model, rule):
     assert row.ids[3:] == whole.logits[0, 2:-1].argmax(-1).tolist()
     assert np.array_equal(row.exit_at, whole.exit_at[0, :-1])
     assert np.array_equal(row.visited, whole.visited[0, :-1])
+
+
+def test_padding_runs_nothing():
+    """Padding or finished rows that are routed, counted as visited, or keep a block busy."""
+    model = tiny()
+    ids, pos = decode.pad([[1, 2, 3, 4, 5], [6, 7]], "cpu")
+    for rule in RULES.values():
+        found = decode.read(model, ids, pos, decode.empty_cache(model, 2, 5), rule, causal)
+        assert not found.visited[1, 2:].any()
+        assert found.visited[0, :, 0].all() and found.visited[1, :2, 0].all()
 
 
 def test_a_row_that_ended_changes_nothing_for_the_others():

@@ -81,6 +81,13 @@ def test_each_exit_has_its_own_norm_and_shares_or_owns_its_matrix():
     assert last.classifiers.blocks == (4,) and len(last.classifiers.norms) == 1
 
 
+def test_confidence_must_be_exceeded():
+    """`>=`: a token that is exactly as sure as the threshold stays."""
+    h, logits = torch.zeros(1, 1, 4), torch.zeros(1, 1, 2)
+    assert not exits.confidence([0.5])(1, h, lambda: logits).any()
+    assert exits.confidence([0.49])(1, h, lambda: logits).all()
+
+
 def test_pick_samples_the_distribution_it_is_given():
     """Temperature on the wrong side, top-k that keeps k+1, a cumulative sum that returns a token of p = 0."""
     logits = torch.tensor([[0.0, 2.0, 1.0, -torch.inf, 3.0]]).double()
@@ -95,6 +102,7 @@ def test_pick_samples_the_distribution_it_is_given():
         torch.testing.assert_close(seen.double(), p[0], rtol=0, atol=2e-4)
     assert decode.pick(logits, 0, None, u[:1]).item() == 4
     assert decode.pick(logits, 1.0, 1, u[-1:]).item() == 4
+    assert decode.pick(torch.tensor([[-torch.inf, 0.0, -torch.inf]]), 1.0, None, u[:1]).item() == 1
 
 
 def test_generate_refuses_what_cannot_be():

@@ -84,6 +84,38 @@ def test_colours_follow_the_depth(finished, capsys, tmp_path):
     assert painted == "a\033[30;48;5;153m b\033[0m\n\n\n\033[30;48;5;203m  c\033[0m"
 
 
+def test_a_token_has_the_colour_of_the_reading_that_wrote_it(capsys):
+    """Depths shifted by one: the first new token is written by the reading of the last prompt token."""
+    import tiktoken
+
+    from decode import Generated
+    letters = tiktoken.Encoding("l", pat_str=r"\w", mergeable_ranks={bytes([97 + i]): i for i in range(4)},
+                                special_tokens={})
+    visited = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0]], dtype=bool)
+    sample.show([Generated([0, 1, 2, 3], 2, np.array([3, 1, 2]), visited)], letters, 3, "t", True)
+    painted = sample.paint("abcd", [None, None, 1, 2], 3)
+    said = capsys.readouterr().out
+    assert said.startswith(painted + "\n") and "exit after block 1.50 of 3 on average, 1.50 blocks run" in said
+
+
+def test_the_map_shows_what_ran_what_went_around_and_what_was_copied():
+    """A map that is off by a block or a token, and a pretty picture all the same."""
+    import tiktoken
+    letters = tiktoken.Encoding("l", pat_str=r"\w", mergeable_ranks={bytes([97 + i]): i for i in range(4)},
+                                special_tokens={})
+    score = np.full((1, 3, 3), np.nan)
+    score[..., 1] = 0.5                                         # block 2 is routed
+    depth = {"ids": np.array([[0, 1, 2]]), "exit_at": np.array([[3, 1, 2]]), "score": score, "tau": 0.3,
+             "visited": np.array([[[1, 0, 1], [1, 0, 0], [1, 1, 0]]], dtype=bool)}
+    fig = plot.draw_map(depth, letters, plot.Options())
+    ax = fig.axes[0]
+    ran, around, copied = 2, 1, 0
+    assert ax.collections[0].get_array().reshape(3, 3).T.tolist() == [
+        [ran, around, ran], [ran, copied, copied], [ran, ran, copied]]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b", "c"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["1", "2 routed", "3"]
+
+
 def test_split_characters_are_put_together():
     """Half a character printed as a question mark twice."""
     import tiktoken
@@ -113,7 +145,7 @@ def test_bad_samples(finished, capsys, tmp_path):
 
 def test_a_run_without_exits_samples_at_full_depth_and_refuses_rules(train, capsys, monkeypatch):
     monkeypatch.setattr(script, "finish", lambda *a: None)
-    folder = train("--exits", "last", "--routed", "none", "--tau", "0.9")
+    folder = train("--exits", "last", "--routed", "none", "--tau", run.Options().tau)
     sample.main(["--run", str(folder), "--tokens", "4"])
     assert "full depth: 4 tokens, exit after block 4.00" in capsys.readouterr().out
     said = refused(capsys, sample.main, "--run", folder, "--tau", "0.5")
