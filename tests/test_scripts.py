@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import TINY
 
@@ -13,6 +14,7 @@ import plot
 import run
 import sample
 import train as script
+from decode import Generated
 
 
 def refused(capsys, main, *words):
@@ -84,15 +86,15 @@ def test_colours_follow_the_depth(finished, capsys, tmp_path):
     assert painted == "a\033[30;48;5;153m b\033[0m\n\n\n\033[30;48;5;203m  c\033[0m"
 
 
+LETTERS = tiktoken.Encoding("letters", pat_str=r"\w", special_tokens={},
+                            mergeable_ranks={bytes([97 + i]): i for i in range(4)})
+
+
 def test_a_token_has_the_colour_of_the_reading_that_wrote_it(capsys):
     """Depths shifted by one: the first new token is written by the reading of the last prompt token."""
-    import tiktoken
-
-    from decode import Generated
-    letters = tiktoken.Encoding("l", pat_str=r"\w", mergeable_ranks={bytes([97 + i]): i for i in range(4)},
-                                special_tokens={})
     visited = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0]], dtype=bool)
-    sample.show([Generated([0, 1, 2, 3], 2, np.array([3, 1, 2]), visited)], letters, 3, "t", True)
+    row = Generated([0, 1, 2, 3], 2, np.array([3, 1, 2]), visited)
+    sample.show([row], LETTERS, 3, "t", color=True)
     painted = sample.paint("abcd", [None, None, 1, 2], 3)
     said = capsys.readouterr().out
     assert said.startswith(painted + "\n") and "exit after block 1.50 of 3 on average, 1.50 blocks run" in said
@@ -100,14 +102,11 @@ def test_a_token_has_the_colour_of_the_reading_that_wrote_it(capsys):
 
 def test_the_map_shows_what_ran_what_went_around_and_what_was_copied():
     """A map that is off by a block or a token, and a pretty picture all the same."""
-    import tiktoken
-    letters = tiktoken.Encoding("l", pat_str=r"\w", mergeable_ranks={bytes([97 + i]): i for i in range(4)},
-                                special_tokens={})
     score = np.full((1, 3, 3), np.nan)
     score[..., 1] = 0.5                                         # block 2 is routed
     depth = {"ids": np.array([[0, 1, 2]]), "exit_at": np.array([[3, 1, 2]]), "score": score, "tau": 0.3,
              "visited": np.array([[[1, 0, 1], [1, 0, 0], [1, 1, 0]]], dtype=bool)}
-    fig = plot.draw_map(depth, letters, plot.Options())
+    fig = plot.draw_map(depth, LETTERS, plot.Options())
     ax = fig.axes[0]
     ran, around, copied = 2, 1, 0
     assert ax.collections[0].get_array().reshape(3, 3).T.tolist() == [
@@ -118,7 +117,6 @@ def test_the_map_shows_what_ran_what_went_around_and_what_was_copied():
 
 def test_split_characters_are_put_together():
     """Half a character printed as a question mark twice."""
-    import tiktoken
     ranks = {bytes([i]): i for i in range(256)}
     bytes_only = tiktoken.Encoding("b", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
     ids = bytes_only.encode("aé→z")
