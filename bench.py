@@ -33,7 +33,7 @@ class Options:
     vocab: int = 2048
     batch: int = 4
     block_size: int = 1024      # tokens of a sequence; `train` uses a quarter
-    repeats: int = 9
+    repeats: int = 15
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     out: str = ""               # write the numbers to this JSON file
 

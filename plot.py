@@ -85,15 +85,13 @@ def draw_depth(depth):
     """Two histograms: the exit, and the number of blocks run. With a mean line each."""
     L = depth["visited"].shape[-1]
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
-    for ax, values, title in ((axes[0], depth["exit_at"], "exit: the block after which a token left"),
+    for ax, values, title in ((axes[0], depth["exit_at"], "block after which a token left"),
                               (axes[1], depth["visited"].sum(-1), "blocks run by a token")):
         share = np.bincount(values.ravel().astype(int), minlength=L + 1)[1:] / values.size
         bars = ax.bar(np.arange(1, L + 1), share, color=colors_of(L), width=0.8)
         ax.bar_label(bars, [f"{s:.0%}" if s >= 0.005 else "" for s in share], fontsize=9)
         ax.axvline(values.mean(), color="#c0392b", ls="--", lw=1.5)
-        ax.annotate(f"mean {values.mean():.2f}", (values.mean(), 1), xycoords=("data", "axes fraction"),
-                    xytext=(4, -4), textcoords="offset points", va="top", color="#c0392b")
-        ax.set(title=title, xlabel="block" if ax is axes[0] else "blocks", xticks=range(1, L + 1))
+        ax.set(title=f"{title} (mean {values.mean():.2f})", xlabel="block" if ax is axes[0] else "blocks", xticks=range(1, L + 1))
     axes[0].set_ylabel("share of tokens")
     fig.suptitle(f"{depth['exit_at'].size:,} validation tokens, confidence > {float(depth['tau']):g}, "
                  "causal routing", x=0.01, ha="left", fontsize=10, color="#555555")

@@ -38,7 +38,7 @@ class Options:
     model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
     data: str = "pysource"              # a folder under data/, or the path of a prepared folder
     out: str = "runs"                   # where numbered run folders are made
-    steps: int = 1300
+    steps: int = 1100
     batch: int = 4                      # sequences a step
     accumulate: int = 1                 # pieces that a step's batch is cut into, to save memory
     lr: float = 2e-3                    # peak learning rate

@@ -97,7 +97,8 @@ def test_a_token_has_the_colour_of_the_reading_that_wrote_it(capsys):
     sample.show([row], LETTERS, 3, "t", color=True)
     painted = sample.paint("abcd", [None, None, 1, 2], 3)
     said = capsys.readouterr().out
-    assert said.startswith(painted + "\n") and "exit after block 1.50 of 3 on average, 1.50 blocks run" in said
+    assert said.startswith(painted + "\n")
+    assert "exit after block 1.50 of 3 on average, 1.50 blocks run" in said
 
 
 def test_the_map_shows_what_ran_what_went_around_and_what_was_copied():
