@@ -91,7 +91,7 @@ def draw_depth(depth):
         bars = ax.bar(np.arange(1, L + 1), share, color=colors_of(L), width=0.8)
         ax.bar_label(bars, [f"{s:.0%}" if s >= 0.005 else "" for s in share], fontsize=9)
         ax.axvline(values.mean(), color="#c0392b", ls="--", lw=1.5)
-        ax.set(title=f"{title} (mean {values.mean():.2f})", xlabel="block" if ax is axes[0] else "blocks", xticks=range(1, L + 1))
+        ax.set(title=f"{title} (mean {values.mean():.2f})", xticks=range(1, L + 1))
     axes[0].set_ylabel("share of tokens")
     fig.suptitle(f"{depth['exit_at'].size:,} validation tokens, confidence > {float(depth['tau']):g}, "
                  "causal routing", x=0.01, ha="left", fontsize=10, color="#555555")

@@ -265,7 +265,7 @@ def describe(t, found):
 
 
 def finish(folder, model, windows, options, context):
-    """Measure depth on the validation text, let sample.py and plot.py show it, and say where everything is."""
+    """Measure depth on the validation text, let sample.py and plot.py show it, say where everything is."""
     run.write_atomically(folder / "depth.npz",
                          lambda f: np.savez_compressed(f, **measure_depth(model, windows, options, context)))
     for script in ("sample.py", "plot.py"):
@@ -273,9 +273,9 @@ def finish(folder, model, windows, options, context):
         subprocess.run([sys.executable, run.HERE / script, "--run", folder], check=False)
     print(f"""
 Everything is in {folder}: options.json, metrics.jsonl, ckpt.pt, depth.npz, sample.txt, figures/*.png
-Next: python sample.py --run {folder} --prompt "import " --tau 0.2     other prompts, other thresholds
-      python plot.py --run {folder} --window 3                         another piece of the validation text
-      python train.py dense                                            the same model without either method""")
+Next: python sample.py --run {folder} --prompt "import" --tau 0.2    other prompts, other thresholds
+      python plot.py --run {folder} --window 3                       another piece of the text
+      python train.py dense                                          the same model without either method""")
 
 
 if __name__ == "__main__":
