@@ -4,6 +4,7 @@ Every pair is timed in turns (a, b, a, b, ...), so that a slow moment of the mac
 median and the middle half of the repeats. "share of the ideal" is the ratio that counting operations promises
 over the ratio that was measured: 1 is all of it.
 """
+import json
 import platform
 import time
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import decode
 import run
 from data.common import command
 from exits import full_depth, loss_and_gradient
-from model import GPT, Block, GPTConfig, Now, Tokens
+from model import GPT, Block, GPTConfig, Now, Tokens, positions
 from routing import Routed, causal, top_k
 
 
@@ -42,12 +43,10 @@ class Options:
 
 
 def clock(work, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    getattr(torch, device.type).synchronize()
     began = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    getattr(torch, device.type).synchronize()
     return time.perf_counter() - began
 
 
@@ -108,12 +107,19 @@ class PlainGPT(nn.Module):
 
 
 def train_part(o, device):
-    """A dense training step of ours (forward, loss, backward) against the plain model of equal shape."""
+    """A dense block, then a dense training step (forward, loss, backward), against the plain ones."""
     T = o.block_size // 4
     config = GPTConfig(o.n_layer, o.n_head, o.n_embd, block_size=T, routed="none", exits="last")
     ours, plain = GPT(config, o.vocab).to(device), PlainGPT(config, o.vocab).to(device)
     ids, targets = torch.randint(0, o.vocab, (2, o.batch, T), device=device)
-    at = Tokens(torch.arange(T, device=device).expand_as(ids))
+    at = Tokens(positions(ids))
+
+    x = torch.randn(o.batch, T, o.n_embd, device=device, requires_grad=True)
+    blocks = {"plain": lambda: plain.blocks[0](x).backward(x),
+              "nanodepth": lambda: ours.blocks[0](x, at, Now(), top_k)[0].backward(x)}
+    times = in_turns(blocks, 3 * o.repeats, device)
+    yield row(f"dense block there and back, width {o.n_embd}, {o.batch} x {T} tokens: nanodepth / plain",
+              1.0, times, "nanodepth", "plain")
 
     def plain_step():
         F.cross_entropy(plain(ids).flatten(0, 1), targets.flatten()).backward()
@@ -163,7 +169,7 @@ def decode_part(o, device):
     """One more token at full depth after several prefixes: with the cache over reading all again."""
     T = o.block_size
     ids = torch.randint(0, o.vocab, (1, T), device=device)
-    pos = torch.arange(T, device=device)[None]
+    pos = positions(ids)
     for routed in ("none", "odd"):
         config = GPTConfig(n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd, block_size=T, routed=routed)
         model = GPT(config, o.vocab).to(device).eval()
@@ -193,17 +199,18 @@ def main(argv=None):
     header = {**run.environment(device), "system": platform.system(), "options": vars(o)}
     print("{device}, {threads} threads, torch {torch}, commit {commit}".format(**header)
           + f", {o.repeats} repeats in turns\n")
-    print(f"| {'what':78} | FLOPs | time (middle half) | share of the ideal | ms |\n|---|---|---|---|---|")
+    print(f"| {'what':86} | FLOPs | time (middle half) | share of the ideal | ms |\n|---|---|---|---|---|")
     rows = []
     for part in o.parts:
         for found in {"train": train_part, "routed": routed_part, "decode": decode_part}[part](o, device):
             rows.append(found)
             (low, mid, high), ideal = found["time"], found["flops"]
             counted, share = (f"{ideal:.3f}", f"{ideal / mid:.2f}") if ideal else ("", "")
-            print(f"| {found['what']:78} | {counted} | {mid:.3f} ({low:.3f}-{high:.3f}) | {share} "
+            print(f"| {found['what']:86} | {counted} | {mid:.3f} ({low:.3f}-{high:.3f}) | {share} "
                   f"| {found['ms'][1]:.1f} |", flush=True)
             if o.out:
-                run.write_json(Path(o.out), {"command": "bench.py", **header, "rows": rows})
+                text = json.dumps({"command": "bench.py", **header, "rows": rows}, indent=1)
+                run.write_text(Path(o.out), text + "\n")
 
 
 if __name__ == "__main__":

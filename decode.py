@@ -104,7 +104,7 @@ def pick(logits, temperature, top, u):
     most likely tokens only (None: of all)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double() / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
     if top is not None:
         least = logits.topk(min(top, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -133,16 +133,16 @@ def generate(model, prompts, new, rule, route=causal, temperature=1.0, top=None,
     if P + new > model.config.block_size:
         raise ValueError(f"{P} prompt and {new} new tokens exceed the context of {model.config.block_size}")
     u = np.stack([np.random.default_rng([seed, b]).random(new) for b in range(B)])
-    u = torch.tensor(u, device=device)                                                      # (B,new)
+    u = torch.from_numpy(u)                             # (B,new); tokens are picked on the CPU, in float64
     length = torch.tensor([len(p) for p in prompts], device=device)
     going = torch.ones_like(length, dtype=torch.bool)
     past = empty_cache(model, B, P + new)
     ids, pos = pad(prompts, device)
     found = read(model, ids, pos, past, rule, route)
-    logits = found.logits[torch.arange(B), length - 1]
+    logits = found.logits[torch.arange(B, device=device), length - 1]
     written, exits, visits = [], [found.exit_at], [found.visited]
     for i in range(new):
-        token = pick(logits, temperature, top, u[:, i])
+        token = pick(logits.cpu(), temperature, top, u[:, i]).to(device)
         written.append(torch.where(going, token, -1))
         if end is not None:
             going = going & (token != end)

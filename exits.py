@@ -52,6 +52,26 @@ def nats(logits, targets):
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
+class SummedNats(torch.autograd.Function):
+    """nats(logits, targets).sum() for logits (T,V) that nobody needs afterwards: their memory becomes the
+    gradient softmax(logits) - onehot(targets). For one backward, at once."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        p = logits if logits.dtype == torch.float64 else logits.float()
+        targets = targets.unsqueeze(1)
+        top = p.amax(1, keepdim=True)
+        wanted = p.gather(1, targets) - top
+        total = p.sub_(top).exp_().sum(1, keepdim=True)                     # p is overwritten from here on
+        p.div_(total).scatter_add_(1, targets, torch.full_like(wanted, -1))
+        ctx.save_for_backward(p)
+        return (total.log() - wanted).sum()
+
+    @staticmethod
+    def backward(ctx, scale):
+        return ctx.saved_tensors[0].mul_(scale), None
+
+
 def loss_and_gradient(classifiers, n, h, targets, scale):
     """One exit's part of the aligned loss, backward included: h (B,T,C) -> (sum of nats, gradient (B,T,C)).
 
@@ -63,8 +83,9 @@ def loss_and_gradient(classifiers, n, h, targets, scale):
     total, gradients = 0.0, []
     for part, wanted in zip(h.detach().flatten(0, 1).split(size), targets.flatten().split(size), strict=True):
         leaf = part.detach().requires_grad_()
-        loss = nats(classifiers(n, leaf), wanted).sum()
-        (loss * scale).backward()
+        loss = SummedNats.apply(classifiers(n, leaf), wanted)
+        with torch.autocast(h.device.type, enabled=False):      # backward keeps the types of forward
+            (loss * scale).backward()
         total = total + loss.detach()
         gradients.append(leaf.grad)
     return total, torch.cat(gradients).view_as(h)

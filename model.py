@@ -22,7 +22,7 @@ from routing import Routed, Visit, top_k
 
 @dataclass
 class GPTConfig:
-    """The shape of the network: all that a checkpoint needs to be built again."""
+    """The shape of the network: with the vocabulary's size, all that a checkpoint needs to be built again."""
     n_layer: int = 6                                    # L, blocks
     n_head: int = 4                                     # nh
     n_embd: int = 128                                   # C
@@ -53,6 +53,11 @@ class Tokens:
     pos: torch.Tensor                       # (B,T) position in the text; FAR: not there
     live: torch.Tensor | None = None        # (B,T) bool
     anyone: bool = True                     # False: nobody is live, so blocks need not run at all
+
+
+def positions(ids):
+    """ids (B,T) -> pos (B,T): 0..T-1 in every row."""
+    return torch.arange(ids.size(1), device=ids.device).expand_as(ids)
 
 
 class Now:
@@ -105,6 +110,7 @@ class Attention(nn.Module):
         past.write(*self.keys_values(x, pos), pos)
 
     def forward(self, x, pos, past):
+        """x (B,T,C), pos (B,T) -> (B,T,C)."""
         B, T, C = x.shape
         q = self.turn(self.query(x).view(B, T, self.n_head, C // self.n_head), pos)     # (B,nh,T,hs)
         k, v = self.keys_values(x, pos)
@@ -120,6 +126,7 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
+        """x (B,T,C) -> (B,T,C)."""
         return self.drop(self.proj(F.gelu(self.fc(x))))
 
 
@@ -134,7 +141,7 @@ class Block(nn.Module):
     def residual(self, x, pos, past):
         """What this block would add to the stream x (B,T,C)."""
         a = self.attn(self.ln1(x), pos, past)
-        return a + self.mlp(self.ln2(x + a))
+        return self.mlp(self.ln2(x + a)).add_(a)        # a + m, in the memory of m
 
     def forward(self, x, at, past, route):
         """x (B,T,C) -> (x, Visit). A token that has exited keeps its state; later tokens see this block's own
@@ -174,6 +181,8 @@ class GPT(nn.Module):
 
     def embed(self, ids):
         """ids (B,T) -> h^0 (B,T,C). Positions enter in attention."""
+        if ids.size(1) > self.config.block_size:
+            raise ValueError(f"{ids.size(1)} tokens exceed the context of {self.config.block_size}")
         return self.drop(self.wte(ids))
 
     def trunk(self, x, at, past=None, route=top_k):
@@ -184,6 +193,6 @@ class GPT(nn.Module):
 
     def forward(self, ids, route=top_k):
         """ids (B,T) -> logits (B,T,V) after the last block. The scripts read every h^n from `trunk`."""
-        at = Tokens(torch.arange(ids.size(1), device=ids.device).expand_as(ids))
+        at = Tokens(positions(ids))
         *_, (h, _) = self.trunk(self.embed(ids), at, route=route)
         return self.classifiers(self.config.n_layer, h)

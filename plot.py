@@ -72,7 +72,7 @@ def draw_map(depth, encoding, options):
     handles.append(plt.Line2D([], [], color="#c0392b", lw=2))
     names = ["ran", "went around (MoD)", "state copied (had left)", "exit"]
     ax.legend(handles, names, ncols=4, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), fontsize=10)
-    ax.set_title(f"blocks each token runs (confidence > {float(depth['tau']):g}, causal routing)")
+    ax.set_title(f"blocks each token runs ({depth['rule']})")
     return fig
 
 
@@ -93,8 +93,8 @@ def draw_depth(depth):
         ax.axvline(values.mean(), color="#c0392b", ls="--", lw=1.5)
         ax.set(title=f"{title} (mean {values.mean():.2f})", xticks=range(1, L + 1))
     axes[0].set_ylabel("share of tokens")
-    fig.suptitle(f"{depth['exit_at'].size:,} validation tokens, confidence > {float(depth['tau']):g}, "
-                 "causal routing", x=0.01, ha="left", fontsize=10, color="#555555")
+    fig.suptitle(f"{depth['exit_at'].size:,} validation tokens, {depth['rule']}", x=0.01, ha="left",
+                 fontsize=10, color="#555555")
     return fig
 
 
@@ -104,13 +104,17 @@ def draw_router(depth):
     fig, axes = plt.subplots(1, len(routed), figsize=(max(4, 3 * len(routed)), 3), sharey=True, squeeze=False)
     for ax, n in zip(axes[0], routed, strict=True):
         alive = depth["exit_at"] > n
+        if not alive.any():
+            ax.set(title=f"block {n + 1}: nobody came")
+            continue
         score, ran = depth["score"][..., n][alive], depth["visited"][..., n][alive]
         bins = np.linspace(score.min(), score.max() + 1e-6, 50)
         ax.hist([score[ran], score[~ran]], bins, stacked=True, log=True, color=["#27508c", "#f3c998"],
                 label=["ran", "went around"])
         ax.set(title=f"block {n + 1}: {ran.mean():.0%} ran", xlabel="router weight r")
     axes[0][0].set_ylabel("tokens (log)")
-    axes[0][-1].legend(frameon=False, fontsize=9)
+    if axes[0][-1].patches:
+        axes[0][-1].legend(frameon=False, fontsize=9)
     return fig
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -58,27 +59,36 @@ class Options:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on a GPU that has it
-    compile: bool = False               # torch.compile every block
+    compile: bool = False               # torch.compile every block (the rotation, complex, stays eager)
     stop_at: int = 0                    # stop after this step as if interrupted; 0: do not
-    resume: str = ""                    # continue this run, exactly; see MAY_CHANGE
+    resume: str = ""                    # continue this run exactly; only device, compile, stop_at may change
 
 
-MAY_CHANGE = {"device", "compile", "stop_at", "out", "resume"}     # what a resumed run may be given anew
+MAY_CHANGE = {"data", "device", "compile", "stop_at", "out", "resume"}     # for --resume; data: its new place
 
-# An option that would do nothing is refused: option -> (when it counts, what to tell).
-COUNTS = {
-    "capacity": (lambda o: o.model.routed != "none", "no block is routed (--routed none)"),
-    "gate": (lambda o: o.model.routed != "none", "no block is routed (--routed none)"),
-    "causal": (lambda o: o.model.routed != "none", "no block is routed (--routed none)"),
-    "imitation": (lambda o: o.model.routed != "none", "no block is routed (--routed none)"),
-    "predictor_width": (lambda o: o.model.routed != "none" and o.model.causal == "predictor",
-                        "there is no predictor (--routed none or --causal router)"),
-    "exit_weights": (lambda o: o.model.exits == "all", "only the last block has a classifier (--exits last)"),
-    "tau": (lambda o: o.model.exits == "all", "only the last block has a classifier (--exits last)"),
+RANGES = {  # option -> smallest and largest value; nan is in no range
+    **dict.fromkeys(("steps", "batch", "accumulate", "eval_every", "eval_windows", "save_every", "log_every",
+                     "n_layer", "n_head", "n_embd"), (1, 2**31)),
+    **dict.fromkeys(("lr", "clip", "predictor_width"), (1e-12, 1e6)),
+    **dict.fromkeys(("weight_decay", "imitation"), (0, 1e6)),
+    **dict.fromkeys(("beta1", "beta2", "dropout"), (0, 1 - 1e-9)),
+    **dict.fromkeys(("seed", "stop_at", "warmup"), (0, 2**31)),
+    **dict.fromkeys(("tau", "lr_end"), (0, 1)),
+    "block_size": (2, 2**20), "capacity": (1e-9, 1),
 }
 
-POSITIVE = ("steps", "batch", "accumulate", "lr", "clip", "eval_every", "eval_windows", "save_every",
-            "log_every", "n_layer", "n_head", "n_embd", "block_size", "predictor_width")
+
+def idle(options):
+    """Options that would do nothing, by name -> why."""
+    m, why = options.model, {}
+    if m.routed == "none":
+        names = ("capacity", "gate", "causal", "predictor_width", "imitation")
+        why |= dict.fromkeys(names, "no block is routed (--routed none)")
+    elif m.causal == "router":
+        why["predictor_width"] = "the router decides, there is no predictor (--causal router)"
+    if m.exits == "last":
+        why |= dict.fromkeys(("exit_weights", "tau"), "only the last block has a classifier (--exits last)")
+    return why
 
 
 def words(table):
@@ -92,61 +102,63 @@ def flat(options):
     return {**table.pop("model"), **table}
 
 
-def parse(argv, kind=Options, config=(tyro.conf.FlagConversionOff,)):
+def parse(argv, kind=Options):
     """Command line words -> an instance of `kind`. The one checker of names, types and choices."""
-    return tyro.cli(kind, args=argv, config=config)
+    return tyro.cli(kind, args=argv, config=(tyro.conf.FlagConversionOff,))
+
+
+def from_file(path, table, more=()):
+    """The options in a file, then `more` words -> Options; a complaint is followed by the file's name."""
+    try:
+        return parse([*words(table), *more])
+    except SystemExit:
+        print(f"(with the options in {path})", file=sys.stderr)
+        raise
 
 
 def read_options(argv):
     """[preset] --option value ... -> checked Options. A preset file says the same words earlier."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, path, table = list(sys.argv[1:] if argv is None else argv), None, {}
     if argv and not argv[0].startswith("-"):
-        argv = preset(argv[0]) + argv[1:]
-    options = parse(argv)
+        path, table = preset(argv.pop(0))
+        from_file(path, table)
+    options = parse([*words(table), *argv])
     if options.resume:
-        stored = read_json(find(options.resume, options.out) / "options.json")["options"]
-        given = {w[2:].split("=")[0].replace("-", "_") for w in argv if w.startswith("--")}
+        path = find(options.resume, options.out) / "options.json"
+        given = {w[2:].split("=")[0].replace("-", "_") for w in [*words(table), *argv] if w.startswith("--")}
         if given - MAY_CHANGE:
-            raise UserError(f"--{sorted(given - MAY_CHANGE)[0]} cannot be changed by --resume: the run goes "
-                            f"on as it began. May be given: {', '.join(sorted(MAY_CHANGE))}")
-        options = parse(words({k: v for k, v in stored.items() if k not in MAY_CHANGE}) + argv)
+            raise UserError(f"--{min(given - MAY_CHANGE)} cannot be changed by --resume: the run goes on as "
+                            f"it began. May be given: {', '.join(sorted(MAY_CHANGE))}")
+        stored = read_json(path, "options")
+        options = from_file(path, {k: v for k, v in stored.items() if k not in ("out", "stop_at")}, argv)
     check(options)
     return options
 
 
 def preset(name):
-    """configs/NAME.toml -> command line words. UserError for an unknown name or a file that is no TOML."""
+    """NAME -> the path and the content of configs/NAME.toml. UserError if there is none or it is no TOML."""
     known = sorted(p.stem for p in (HERE / "configs").glob("*.toml"))
     if name not in known:
         raise UserError(f"unknown preset '{name}'; there are: {', '.join(known)} (configs/*.toml)")
+    path = HERE / "configs" / f"{name}.toml"
     try:
-        table = tomllib.loads((HERE / "configs" / f"{name}.toml").read_text("utf-8"))
+        return path, tomllib.loads(path.read_text("utf-8"))
     except tomllib.TOMLDecodeError as e:
-        raise UserError(f"configs/{name}.toml is not valid TOML: {e}") from None
-    try:
-        parse(words(table))
-    except SystemExit:
-        print(f"(in configs/{name}.toml)", file=sys.stderr)
-        raise
-    return words(table)
+        raise UserError(f"{path} is not valid TOML: {e}") from None
 
 
 def check(options):
     """Raise UserError for values that cannot be and for options that would do nothing."""
-    value, default = flat(options), flat(Options())
-    for name in POSITIVE:
-        if value[name] <= 0:
-            raise UserError(f"--{name} {value[name]} must be above 0")
-    for name, (counts, why) in COUNTS.items():
-        if value[name] != default[name] and not counts(options):
-            raise UserError(f"--{name} {value[name]} would do nothing: {why}")
+    value, default, why = flat(options), flat(Options()), idle(options)
+    for name, (low, high) in RANGES.items():
+        if not low <= value[name] <= high:
+            raise UserError(f"--{name} {value[name]} must be from {low:g} to {high:g}")
+    for name in why:
+        if value[name] != default[name]:
+            raise UserError(f"--{name} {value[name]} would do nothing: {why[name]}")
     m = options.model
     if m.n_embd % (2 * m.n_head):
         raise UserError(f"--n_embd {m.n_embd} is not an even multiple of --n_head {m.n_head}")
-    if not 0 < m.capacity <= 1:
-        raise UserError(f"--capacity {m.capacity} must be above 0 and at most 1: a share of the tokens")
-    if not 0 <= m.dropout < 1:
-        raise UserError(f"--dropout {m.dropout} must be from 0 to below 1")
     if options.batch % options.accumulate:
         raise UserError(f"--batch {options.batch} cannot be cut into {options.accumulate} equal pieces "
                         f"(--accumulate)")
@@ -173,9 +185,7 @@ def autocast(device, dtype):
     """The context in which the network runs: bfloat16 autocast, or nothing."""
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def compile_blocks(model):
@@ -211,7 +221,7 @@ def new_folder(out):
 def find(run, out="runs"):
     """A run's folder, its number, or "last" -> Path. Raises UserError naming those that exist."""
     out = Path(out)
-    numbered = [p for p in out.iterdir() if re.fullmatch(r"\d+", p.name)] if out.is_dir() else []
+    numbered = [p.parent for p in out.glob("*/options.json") if re.fullmatch(r"\d+", p.parent.name)]
     numbered.sort(key=lambda p: int(p.name))
     if run == "last" and numbered:
         return numbered[-1]
@@ -232,30 +242,34 @@ def write_atomically(path, write):
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:        # torch.save reports a full disk as RuntimeError
-        tmp.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({e}); is the disk full? What was there is untouched") from e
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    text = json.dumps(value, indent=1) + "\n"
+def write_text(path, text):
     write_atomically(path, lambda f: f.write(text.encode("utf-8")))
 
 
 def environment(device):
     """What a result depends on besides its options."""
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    try:
+        git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:         # no git on this machine
+        commit = ""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     return {"torch": torch.__version__, "python": platform.python_version(),
             "device": f"{device.type} {name}", "threads": torch.get_num_threads(),
-            "commit": git.stdout.strip() or "unknown"}
+            "commit": commit or "unknown"}
 
 
-def read_json(path):
-    """A run's JSON file -> its value. Raises UserError if it is missing or damaged."""
+def read_json(path, key):
+    """The value of `key` in a run's JSON file. Raises UserError if the file is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
+        return json.loads(Path(path).read_text("utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"cannot read {path}: {e!r}") from None
 
 
 class Metrics:
@@ -265,8 +279,7 @@ class Metrics:
         """Keep what came before `step`; the evaluation at `step` itself will be done, and written, again."""
         self.path = Path(folder) / "metrics.jsonl"
         kept = [m for m in read_metrics(folder) if m["step"] < step + (m["kind"] == "train")]
-        text = "".join(json.dumps(m) + "\n" for m in kept)
-        write_atomically(self.path, lambda f: f.write(text.encode("utf-8")))
+        write_text(self.path, "".join(json.dumps(m) + "\n" for m in kept))
 
     def write(self, kind, step, **values):
         with open(self.path, "a", encoding="utf-8", newline="\n") as f:
@@ -274,7 +287,7 @@ class Metrics:
 
 
 def read_metrics(folder):
-    """The lines of metrics.jsonl as dicts; a last line cut short by a crash is dropped."""
+    """The lines of metrics.jsonl as dicts; a line cut short by a crash is dropped."""
     path, found = Path(folder) / "metrics.jsonl", []
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     for line in lines:
@@ -300,18 +313,20 @@ def load(folder, device):
         damaged = zipfile.ZipFile(path).testzip()       # torch.load accepts flipped bytes
         if damaged:
             raise RuntimeError(f"checksum of {damaged}")
-        return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path} is damaged ({e}); start the run again or take another") from None
+        state = torch.load(path, map_location=device, weights_only=True)
+        return {part: state[part] for part in ("step", "model", "optimizer")}
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is damaged ({str(e)[:150]}); start the run again or take another") from None
 
 
 def open_run(run, out="runs", device="auto"):
     """-> (folder, Options, device, model in eval mode with the run's weights)."""
     folder, device = find(run, out), device_of(device)
-    options = parse(words(read_json(folder / "options.json")["options"]))
-    state = load(folder, device)["model"]
-    model = GPT(options.model, len(state["wte.weight"])).to(device)
-    fill(model, state, folder)
+    path = folder / "options.json"
+    options = from_file(path, read_json(path, "options"))
+    model = GPT(options.model, read_json(folder / "meta.json", "vocab_size")).to(device)
+    fill(model, load(folder, device)["model"], folder)
     return folder, options, device, model.eval()
 
 
@@ -320,7 +335,7 @@ def fill(model, state, folder):
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        first = str(e).splitlines()[1].strip()
+        first = str(e).splitlines()[1].strip()[:150]
         raise UserError(f"{folder}/ckpt.pt does not fit {folder}/options.json: {first}") from None
 
 

@@ -66,7 +66,8 @@ def halting_rule(options, trained):
 def pieces(encoding, ids):
     """One string per token, together the exact text: bytes of a split character count to its last token."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    return [decoder.decode(encoding.decode_single_token_bytes(i), final=i is ids[-1]) for i in ids]
+    content = encoding.decode_tokens_bytes(ids)
+    return [decoder.decode(part, final=n == len(ids) - 1) for n, part in enumerate(content)]
 
 
 def shade(depth, L):
@@ -94,14 +95,16 @@ def use_color(wish):
 @command
 def main(argv=None):
     options = run.parse(argv, Options)
-    if options.temperature < 0 or options.tokens < 1 or options.samples < 1 or options.top_k < 0:
-        raise UserError("--tokens and --samples must be at least 1, --temperature and --top_k at least 0")
+    if options.tokens < 1 or options.samples < 1:
+        raise UserError("--tokens and --samples must be at least 1")
+    if not (0 <= options.temperature < float("inf")) or options.top_k < 0 or options.seed < 0:
+        raise UserError("--temperature, --top_k and --seed must be at least 0")
     folder, trained, device, model = run.open_run(options.run, options.out, options.device)
     encoding = load_tokenizer(folder / "tokenizer.json")
     rule, named = halting_rule(options, trained)
     text = options.prompt
     if text is None:
-        text = run.read_json(folder / "meta.json")["prompt"]
+        text = run.read_json(folder / "meta.json", "prompt")
     elif text == "-":
         text = sys.stdin.read()
     prompt, room = encoding.encode_ordinary(text), trained.model.block_size

@@ -4,6 +4,7 @@ Step t is a function of (seed, t): its batch, dropout and every other random cho
 stored, any step can be computed again, and --resume continues exactly.
 """
 import importlib
+import json
 import math
 import shutil
 import subprocess
@@ -19,14 +20,10 @@ import exits
 import run
 from data.common import UserError, command, is_prepared, load_set, token_bytes
 from decode import read
-from model import GPT, Tokens
+from model import GPT, Tokens, positions
 from routing import ROUTES, causal, confusion, imitation_loss, report
 
 # ----------------------------------------------------------------------------- objectives
-
-
-def positions(ids):
-    return torch.arange(ids.size(1), device=ids.device).expand_as(ids)
 
 
 def aligned(model, ids, targets, scale, options):
@@ -48,7 +45,8 @@ def aligned(model, ids, targets, scale, options):
         if visit.guess is not None:
             ends.append(imitation_loss(visit) * scale * options.imitation)
             gradients.append(None)
-    torch.autograd.backward(ends, gradients)
+    with torch.autocast(ids.device.type, enabled=False):        # backward keeps the types of forward
+        torch.autograd.backward(ends, gradients)
     return torch.stack(sums)
 
 
@@ -71,6 +69,12 @@ def windows_of(tokens, count, T):
 def cut(tokens, first, T):
     rows = np.stack([tokens[i:i + T + 1] for i in first]).astype(np.int64)
     return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+
+
+def pieces(windows, options):
+    """(ids, targets) -> pairs of as many rows as training has in memory at a time."""
+    size = options.batch // options.accumulate
+    return zip(*(t.split(size) for t in windows), strict=True)
 
 
 def learning_rate(t, options):
@@ -101,13 +105,12 @@ def evaluate(model, windows, options, context, stop=False):
     windows: ids, targets (W,T). -> dict for metrics.jsonl, or None if `stop` came true on the way.
     """
     model.eval()
-    ids, targets = windows
-    device = model.wte.weight.device
+    targets, device = windows[1], model.wte.weight.device
     routes = ROUTES if options.model.routed != "none" else {"top_k": ROUTES["top_k"]}
     loss, counts, ran = {}, torch.zeros(4, device=device), []
     for name, route in routes.items():
         sums = torch.zeros(len(model.classifiers.blocks), dtype=torch.float64)
-        for x, y in zip(ids.split(options.batch), targets.split(options.batch), strict=True):
+        for x, y in pieces(windows, options):
             if stop:
                 return None
             x, y, losses = x.to(device), y.to(device), []
@@ -131,11 +134,14 @@ def evaluate(model, windows, options, context, stop=False):
 def measure_depth(model, windows, options, context):
     """How deep every token of the windows goes when the model decides causally: arrays for depth.npz."""
     model.eval()
-    device, tau = model.wte.weight.device, [options.tau] * options.model.n_layer
-    rule = exits.confidence(tau) if options.model.exits == "all" else exits.full_depth
+    device, rule, named = model.wte.weight.device, exits.full_depth, "full depth"
+    if options.model.exits == "all":
+        rule, named = exits.confidence([options.tau] * options.model.n_layer), f"confidence > {options.tau:g}"
+    if options.model.routed != "none":
+        named += ", causal routing"
     ids, targets = windows
     parts = []
-    for x, y in zip(ids.split(options.batch), targets.split(options.batch), strict=True):
+    for x, y in pieces(windows, options):
         x, y = x.to(device), y.to(device)
         with context:
             found = read(model, x, positions(x), None, rule, causal)
@@ -143,7 +149,7 @@ def measure_depth(model, windows, options, context):
     nats, exit_at, visited, score = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
     return {"ids": ids.numpy().astype(np.int32), "targets": targets.numpy().astype(np.int32),
             "nats": nats, "exit_at": exit_at.astype(np.uint8), "visited": visited,
-            "score": score.astype(np.float32), "tau": np.float64(options.tau)}
+            "score": score.astype(np.float32), "rule": np.array(named)}
 
 
 # ----------------------------------------------------------------------------- the script
@@ -173,13 +179,17 @@ def begin(options):
     step = 0
     if options.resume:
         folder = run.find(options.resume, options.out)
+        for name in ("meta.json", "tokenizer.json"):
+            if (folder / name).read_bytes() != (source / name).read_bytes():
+                raise UserError(f"{source} is not the data that {folder} began with: {name} differs")
         state = run.load(folder, device)
         run.fill(model, state["model"], folder)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     else:
         folder = run.new_folder(options.out)
-        run.write_json(folder / "options.json", {"options": run.flat(options), **run.environment(device)})
+        stored = {"options": run.flat(options), **run.environment(device)}
+        run.write_text(folder / "options.json", json.dumps(stored, indent=1) + "\n")
         shutil.copy(source / "tokenizer.json", folder / "tokenizer.json")
         shutil.copy(source / "meta.json", folder / "meta.json")
     if options.compile:
@@ -219,6 +229,8 @@ def main(argv=None):
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {tokens:,} tokens a step, "
           f"{model.wte.weight.device.type}", flush=True)
     last = min(options.steps, options.stop_at or options.steps)
+    if last < start:
+        raise UserError(f"--stop_at {last} is behind: {folder} is at step {start}")
     with run.Interrupt() as stop, tqdm(total=options.steps, initial=start, disable=None, unit="step") as bar:
         began = time.perf_counter()
         for t in range(start, last + 1):
@@ -246,7 +258,7 @@ def main(argv=None):
                 metrics.write("train", t + 1, loss=nats.tolist(), norm=norm, lr=learning_rate(t, options),
                               tokens_per_s=round(speed))
             bar.update()
-    if t < options.steps:
+    if stop or t < options.steps:
         print(f"stopped at step {t}, saved. Go on with: python train.py --resume {folder}")
         return
     finish(folder, model, windows, options, context)
@@ -268,14 +280,14 @@ def finish(folder, model, windows, options, context):
     """Measure depth on the validation text, let sample.py and plot.py show it, say where everything is."""
     run.write_atomically(folder / "depth.npz",
                          lambda f: np.savez_compressed(f, **measure_depth(model, windows, options, context)))
-    for script in ("sample.py", "plot.py"):
+    for script, more in (("sample.py", ["--device", options.device]), ("plot.py", [])):
         print(f"\n$ python {script} --run {folder}", flush=True)
-        subprocess.run([sys.executable, run.HERE / script, "--run", folder], check=False)
-    print(f"""
-Everything is in {folder}: options.json, metrics.jsonl, ckpt.pt, depth.npz, sample.txt, figures/*.png
-Next: python sample.py --run {folder} --prompt "import" --tau 0.2    other prompts, other thresholds
-      python plot.py --run {folder} --window 3                       another piece of the text
-      python train.py dense                                          the same model without either method""")
+        subprocess.run([sys.executable, run.HERE / script, "--run", folder, *more], check=False)
+    files = sorted(p.name for p in folder.iterdir())
+    print(f"\nEverything is in {folder}: {', '.join(files)}\n"
+          f"Next: python sample.py --run {folder} --prompt \"import\" --temperature 0.5\n"
+          f"      python plot.py --run {folder} --window 3 --first 100\n"
+          f"      python train.py --help")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def command(main):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
 
     return run
 
@@ -289,7 +291,7 @@ def load_set(folder):
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         encoding = load_tokenizer(folder / "tokenizer.json")
-        if meta["vocab_size"] != encoding.n_vocab:
+        if not isinstance(meta["prompt"], str) or meta["vocab_size"] != encoding.n_vocab:
             raise ValueError(f"meta.json says {meta['vocab_size']} tokens, tokenizer.json {encoding.n_vocab}")
         for split in ("train", "val"):
             path, length = folder / f"{split}.bin", meta["splits"][split]["tokens"]

@@ -10,9 +10,8 @@ from conftest import texts, tiny
 
 import decode
 import exits
-from model import Tokens
+from model import Tokens, positions
 from routing import causal, top_k
-from train import positions
 
 MODELS = {
     "default": {},
@@ -141,6 +140,12 @@ def test_generation_is_reading(model, rule):
     assert row.ids[3:] == whole.logits[0, 2:-1].argmax(-1).tolist()
     assert np.array_equal(row.exit_at, whole.exit_at[0, :-1])
     assert np.array_equal(row.visited, whole.visited[0, :-1])
+
+
+def test_a_text_longer_than_the_context_is_refused():
+    """Positions quietly clamped to the last one."""
+    with pytest.raises(ValueError, match="exceed the context of 24"):
+        tiny()(texts(T=25))
 
 
 def test_padding_runs_nothing():

@@ -11,9 +11,8 @@ from conftest import V, texts, tiny
 
 import decode
 import exits
-from model import Tokens
+from model import Tokens, positions
 from routing import FAR, Routed, Visit, causal, confusion, imitation_loss, report, top_k
-from train import positions
 
 
 def visits(model, ids, route=top_k):

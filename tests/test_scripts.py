@@ -105,8 +105,9 @@ def test_the_map_shows_what_ran_what_went_around_and_what_was_copied():
     """A map that is off by a block or a token, and a pretty picture all the same."""
     score = np.full((1, 3, 3), np.nan)
     score[..., 1] = 0.5                                         # block 2 is routed
-    depth = {"ids": np.array([[0, 1, 2]]), "exit_at": np.array([[3, 1, 2]]), "score": score, "tau": 0.3,
+    depth = {"ids": np.array([[0, 1, 2]]), "score": score,
              "visited": np.array([[[1, 0, 1], [1, 0, 0], [1, 1, 0]]], dtype=bool)}
+    depth["exit_at"], depth["rule"] = np.array([[3, 1, 2]]), np.array("a rule")
     fig = plot.draw_map(depth, LETTERS, plot.Options())
     ax = fig.axes[0]
     ran, around, copied = 2, 1, 0
@@ -116,6 +117,14 @@ def test_the_map_shows_what_ran_what_went_around_and_what_was_copied():
     assert [t.get_text() for t in ax.get_yticklabels()] == ["1", "2 routed", "3"]
 
 
+def test_figures_when_nobody_reaches_a_routed_block():
+    """The smallest score of no scores at all."""
+    score = np.full((1, 3, 3), np.nan)
+    score[..., 1] = 0.5
+    fig = plot.draw_router({"exit_at": np.ones((1, 3)), "visited": np.zeros((1, 3, 3), bool), "score": score})
+    assert "nobody came" in fig.axes[0].get_title(loc="left")
+
+
 def test_split_characters_are_put_together():
     """Half a character printed as a question mark twice."""
     ranks = {bytes([i]): i for i in range(256)}
@@ -123,6 +132,7 @@ def test_split_characters_are_put_together():
     ids = bytes_only.encode("aé→z")
     assert "".join(sample.pieces(bytes_only, ids)) == "aé→z"
     assert "".join(sample.pieces(bytes_only, ids[:-2])) == "aé\ufffd"
+    assert "".join(sample.pieces(bytes_only, bytes_only.encode("→a→")[:-2])) == "→a\ufffd"
 
 
 def test_bad_samples(finished, capsys, tmp_path):
@@ -136,6 +146,7 @@ def test_bad_samples(finished, capsys, tmp_path):
     assert "block from 1 to 4" in no("--exit", "9")
     assert "would do nothing" in no("--rule", "full", "--tau", "0.5")
     assert "at least" in no("--tokens", "0") and "at least" in no("--temperature", "-1")
+    assert "at least" in no("--seed", "-1") and "at least" in no("--temperature", "nan")
     assert "Perhaps you meant" in no("--temprature", "1")
     assert "has 001 to 001" in refused(capsys, sample.main, "--out", finished.parent, "--run", "7")
     assert "has none yet" in refused(capsys, sample.main, "--out", tmp_path / "nothing", "--run", "last")
@@ -196,7 +207,10 @@ def test_bad_options(dataset, capsys, tmp_path):
     assert "would do nothing" in no("--exits", "last", "--exit_weights", "n")
     assert "would do nothing" in no("--causal", "router", "--predictor_width", "1")
     assert "not in 0..3" in no("--routed", "1,7") and "--routed" in no("--routed", "sometimes")
-    assert "even multiple of" in no("--n_head", "3") and "above 0" in no("--steps", "-4")
+    assert "even multiple of" in no("--n_head", "3") and "must be from 1" in no("--steps", "-4")
+    for option, value in {"seed": -1, "beta1": 1, "lr": "nan", "lr_end": -5, "weight_decay": -1, "tau": 2,
+                          "imitation": "nan", "block_size": 1, "stop_at": -1, "dropout": 1}.items():
+        assert f"--{option}" in no(f"--{option}", value)
     assert "equal pieces" in no("--accumulate", "3")
 
 
@@ -233,6 +247,8 @@ def test_bad_resumes(train, capsys, monkeypatch):
     (folder / "ckpt.pt").write_bytes(before)
     (folder / "options.json").write_text("{", "utf-8")
     assert "cannot read" in refused(capsys, script.main, "--resume", folder)
+    (folder / "options.json").write_text('{"options": {"zzz": 3}}', "utf-8")
+    assert "options.json" in refused(capsys, script.main, "--resume", folder)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -1,7 +1,7 @@
 """Training can be trusted: exact resume, atomic checkpoints, clean stops, fixed evaluation, correct steps."""
 import json
 import os
-import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def val_lines(folder):
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
+def no_pictures(monkeypatch):
     """Training ends without starting sample.py and plot.py (test_scripts.py has them)."""
     monkeypatch.setattr(script, "finish", lambda *a: None)
 
@@ -251,6 +251,7 @@ def test_evaluation_polls_the_interrupt(train, monkeypatch):
 
 def test_a_full_disk_keeps_the_old_checkpoint(train, capsys):
     """The only checkpoint replaced by half a new one."""
+    resource = pytest.importorskip("resource")      # not on Windows
     folder = train("--stop_at", 4)
     before = (folder / "ckpt.pt").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -287,7 +288,83 @@ def test_a_checkpoint_of_another_shape_is_refused(train, capsys):
     (folder / "options.json").write_text(json.dumps(stored), "utf-8")
     with pytest.raises(SystemExit) as stop:
         script.main(["--resume", str(folder)])
-    assert stop.value.code == 2 and "does not fit" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "does not fit" in said and len(said) < 500
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"step": 1}, run.UserError("x")])
+def test_a_checkpoint_that_is_something_else_is_refused(train, content):
+    """A KeyError, or an object that weights_only refuses with an error of its own kind."""
+    folder = train("--stop_at", 1)
+    torch.save(content, folder / "ckpt.pt")
+    with pytest.raises(UserError, match="damaged"):
+        run.load(folder, "cpu")
+
+
+def test_resume_refuses_other_data(train, dataset, tmp_path, capsys):
+    """A folder prepared again from other texts, with a vocabulary of equal size."""
+    folder = train("--stop_at", 1)
+    moved = shutil.copytree(dataset, tmp_path / "moved")
+    script.main(["--resume", str(folder), "--data", str(moved), "--stop_at", "2"])      # the same, elsewhere
+    meta = json.loads((moved / "meta.json").read_text("utf-8"))
+    (moved / "meta.json").write_text(json.dumps(meta | {"source": "other"}), "utf-8")
+    with pytest.raises(SystemExit):
+        script.main(["--resume", str(folder), "--data", str(moved)])
+    assert "not the data" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_its_device_and_its_options(train):
+    """A run begun with --device cpu that goes on somewhere else."""
+    folder = train("--stop_at", 1)
+    options = run.read_options(["--resume", str(folder)])
+    assert options.device == "cpu" and options.stop_at == 0 and options.steps == 8
+
+
+def test_stopping_before_the_start_is_refused(train, capsys):
+    """An error about a variable that was never set."""
+    folder = train("--stop_at", 3)
+    with pytest.raises(SystemExit):
+        script.main(["--resume", str(folder), "--stop_at", "2"])
+    assert "is at step 3" in capsys.readouterr().err
+
+
+def test_an_interrupt_in_the_last_evaluation_is_one(train, monkeypatch):
+    """Ctrl-C at the very end that is answered with a sample and figures."""
+    finished = []
+    monkeypatch.setattr(script, "finish", lambda *a: finished.append(1))
+    honest = script.evaluate
+
+    def slow(model, windows, options, context, stop):
+        found = honest(model, windows, options, context)
+        if len(found["loss"]["causal"]) and slow.calls == 2:
+            stop.came = True
+        slow.calls += 1
+        return None if stop else found
+    slow.calls = 0
+    monkeypatch.setattr(script, "evaluate", slow)
+    folder = train()
+    assert not finished and weights(folder)["step"] == 8
+
+
+def test_backward_keeps_the_types_of_forward(dataset):
+    """Backward inside autocast: gradients of fp32 routers rounded to bfloat16."""
+    torch.manual_seed(0)
+    options = run.read_options(TINY)
+    model = script.GPT(options.model, 300)
+    ids = torch.randint(0, 300, (2, 4, 32))
+    with run.autocast(torch.device("cpu"), "bfloat16"):
+        script.aligned(model, ids[0], ids[1], 1 / 128, options)
+    g = model.blocks[1].router.weight.grad
+    assert not torch.equal(g, g.bfloat16().float())
+
+
+def test_a_machine_without_git_can_train(train, monkeypatch):
+    """The first command of a newcomer ending in FileNotFoundError."""
+    def missing(*a, **k):
+        raise FileNotFoundError("git")
+    monkeypatch.setattr(run.subprocess, "run", missing)
+    folder = train("--stop_at", 1)
+    assert json.loads((folder / "options.json").read_text("utf-8"))["commit"] == "unknown"
 
 
 def test_a_second_run_gets_a_new_number(train, tmp_path):
