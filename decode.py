@@ -1,7 +1,7 @@
 """Decoding: a cache with holes, one pass that serves prompts and single tokens, and a sampling loop.
 
 What a token that does not run leaves behind is where the two papers differ: an exited token writes keys and
-values of its copied state into every dense block above [DAT 3.2]; a token that goes around a routed block
+values of its copied state into every dense block above [DAT 2]; a token that goes around a routed block
 writes nothing there [MoD 2.4], so each routed block's cache holds only the tokens it ran.
 """
 import functools
@@ -70,7 +70,7 @@ def read(model, ids, pos, past, rule, route):
 
     All tokens of the call at once, under halting `rule` and routing `route`. Exact, and not an approximation
     of going token by token: block n reads states after block n - 1 only, and those are frozen where a token
-    has left [DAT 3.2]. Tokens with position FAR are padding and run nothing.
+    has left [DAT 2]. Tokens with position FAR are padding and run nothing.
     """
     L = len(model.blocks)
     at = Tokens(pos, live=pos < FAR)

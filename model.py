@@ -106,7 +106,7 @@ class Attention(nn.Module):
         return self.turn(k, pos), v.transpose(1, 2)
 
     def write(self, x, pos, past):
-        """Leave keys and values of x in `past` without attending: what a copied state does [DAT 3.2]."""
+        """Leave keys and values of x in `past` without attending: what a copied state does [DAT 2]."""
         past.write(*self.keys_values(x, pos), pos)
 
     def forward(self, x, pos, past):
@@ -145,7 +145,7 @@ class Block(nn.Module):
 
     def forward(self, x, at, past, route):
         """x (B,T,C) -> (x, Visit). A token that has exited keeps its state; later tokens see this block's own
-        keys and values of that copy [DAT 3.2]. Only a routed block has a use for `route`."""
+        keys and values of that copy [DAT 2]. Only a routed block has a use for `route`."""
         if at.live is None:
             return x + self.residual(x, at.pos, past), Visit(torch.ones_like(at.pos, dtype=torch.bool))
         if at.anyone:

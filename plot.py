@@ -29,7 +29,7 @@ class Options:
     """Draw the figures of a run."""
     run: str = "last"       # its folder or number, or "last"
     out: str = "runs"       # where numbered runs are
-    window: int | None = None   # which validation window the map shows; left out: the 11th, or the last
+    window: int | None = None   # which validation window the map shows; left out: where depths vary most
     first: int = 0          # first token of the map
     tokens: int = 44        # tokens in the map
 
@@ -51,10 +51,10 @@ def draw_map(depth, encoding, options):
     """Token x block: dark ran, pale went around a routed block, hatched had already left."""
     visited, exit_at = depth["visited"], depth["exit_at"]
     W, T, L = visited.shape
-    window = min(10, W - 1) if options.window is None else options.window
+    part = slice(options.first, options.first + options.tokens)
+    window = int(visited[:, part].sum(-1).std(1).argmax()) if options.window is None else options.window
     if not (0 <= window < W and 0 <= options.first < T and options.tokens > 0):
         raise UserError(f"--window must be from 0 to {W - 1} and --first from 0 to {T - 1}, --tokens above 0")
-    part = slice(options.first, min(T, options.first + options.tokens))
     ran, left = visited[window, part], exit_at[window, part]           # (t,L), (t,)
     exited = np.arange(1, L + 1) > left[:, None]
     picture = np.where(ran, 2, np.where(exited, 0, 1))

@@ -200,7 +200,7 @@ class Reference:
                     break
             exit_at.append(n)
             out.append(self.logits(n, h))
-            # DAT 2.2: the state is copied upward; each higher block applies its own projections to the copy.
+            # DAT 2: the state is copied upward; each higher block applies its own projections to the copy.
             # A routed block has not seen this token and keeps nothing (DAT has no such blocks: our reading).
             for higher in range(n + 1, L + 1):
                 if not self.is_routed(higher):
