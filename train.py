@@ -231,7 +231,9 @@ def main(argv=None):
     last = min(options.steps, options.stop_at or options.steps)
     if last < start:
         raise UserError(f"--stop_at {last} is behind: {folder} is at step {start}")
-    with run.Interrupt() as stop, tqdm(total=options.steps, initial=start, disable=None, unit="step") as bar:
+    pace = 0.2 if sys.stderr.isatty() else 15       # seconds between two bars; a log file needs few
+    bar = tqdm(total=options.steps, initial=start, unit="step", mininterval=pace)
+    with run.Interrupt() as stop, bar:
         began = time.perf_counter()
         for t in range(start, last + 1):
             if t % options.eval_every == 0 or t == options.steps:
@@ -266,8 +268,10 @@ def main(argv=None):
 
 def describe(t, found):
     """One line of an evaluation."""
+    names = {rule: f"{rule} " if len(found["loss"]) > 1 else "" for rule in found["loss"]}
     text = f"step {t:5d} | " + " | ".join(
-        f"{rule} loss by exit " + " ".join(f"{v:.2f}" for v in loss) for rule, loss in found["loss"].items())
+        f"{names[rule]}loss by exit " + " ".join(f"{v:.2f}" for v in loss)
+        for rule, loss in found["loss"].items())
     text += f" | {found['bits_per_byte']:.3f} bits/byte"
     if "imitation" in found:
         i = found["imitation"]
