@@ -286,6 +286,7 @@ def test_a_checkpoint_of_another_shape_is_refused(train, capsys):
     stored = json.loads((folder / "options.json").read_text("utf-8"))
     stored["options"]["n_embd"] = 32
     (folder / "options.json").write_text(json.dumps(stored), "utf-8")
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         script.main(["--resume", str(folder)])
     said = capsys.readouterr().err
