@@ -2,7 +2,7 @@
 
 What a token that does not run leaves behind is where the two papers differ: an exited token writes keys and
 values of its copied state into every dense block above [DAT 2]; a token that goes around a routed block
-writes nothing there [MoD 2.4], so each routed block's cache holds only the tokens it ran.
+writes nothing there [MoD 3.5], so each routed block's cache holds only the tokens it ran.
 """
 import functools
 from typing import NamedTuple

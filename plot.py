@@ -48,7 +48,7 @@ def shown(encoding, i):
 
 
 def draw_map(depth, encoding, options):
-    """Token x block: dark ran, pale went around a routed block, hatched had already left."""
+    """Token x block: dark ran, pale went around a routed block, white had already left."""
     visited, exit_at = depth["visited"], depth["exit_at"]
     W, T, L = visited.shape
     part = slice(options.first, options.first + options.tokens)

@@ -87,11 +87,12 @@ def learning_rate(t, options):
 
 def optimizer_of(model, options):
     """AdamW; only matrices decay (not norms, biases, or the one-row routers)."""
-    matrices = [p for p in model.parameters() if p.dim() > 1 and p.size(0) > 1]
-    others = [p for p in model.parameters() if not (p.dim() > 1 and p.size(0) > 1)]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
-    fused = matrices[0].device.type in ("cpu", "cuda")
+    decayed, free = [], []
+    for p in model.parameters():
+        (decayed if p.dim() > 1 and p.size(0) > 1 else free).append(p)
+    groups = [{"params": decayed, "weight_decay": options.weight_decay},
+              {"params": free, "weight_decay": 0.0}]
+    fused = model.wte.weight.device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=fused)
 
 
