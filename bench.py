@@ -18,10 +18,11 @@ import torch.nn.functional as F
 
 import decode
 import run
+from cost import block_flops, router_flops
 from data.common import command
 from exits import full_depth, loss_and_gradient
 from model import GPT, Block, GPTConfig, Now, Tokens, positions
-from routing import Routed, causal, top_k
+from routing import Routed, causal, kept, top_k
 
 
 @dataclass
@@ -136,20 +137,14 @@ def train_part(o, device):
               1.0, times, "nanodepth", "plain")
 
 
-def block_flops(n, C):
-    """Multiply-adds times 2 of one block over n tokens that see n tokens (no saving for the causal half)."""
-    return 24 * n * C * C + 4 * n * n * C
-
-
 def routed_part(o, device):
     """Forward and backward of a routed block over a dense one, by capacity; router and predictor count."""
     T, C = o.block_size, o.n_embd
-    config = GPTConfig(n_layer=1, n_head=o.n_head, n_embd=C, block_size=T)
     x = torch.randn(1, T, C, device=device, requires_grad=True)
     at = Tokens(torch.arange(T, device=device)[None])
     capacities = (0.125, 0.25, 0.5, 1.0)
-    blocks = {"dense": Block(config).to(device)}
-    blocks |= {c: Routed(Block(config), C, c, hidden=C // 2).to(device) for c in capacities}
+    blocks = {"dense": Block(C, o.n_head, T).to(device)}
+    blocks |= {c: Routed(Block(C, o.n_head, T), C, c, hidden=C // 2).to(device) for c in capacities}
 
     def work(block):
         y, visit = block(x, at, Now(), top_k)
@@ -158,8 +153,8 @@ def routed_part(o, device):
 
     times = in_turns({name: (lambda b=b: work(b)) for name, b in blocks.items()}, o.repeats, device)
     for c in capacities:
-        k = blocks[c].kept(T)
-        flops = (block_flops(k, C) + 2 * T * C + 2 * T * (C * (C // 2) + C // 2)) / block_flops(T, C)
+        k = kept(c, T)      # no saving is counted for the causal half
+        flops = (k * block_flops(C, 4 * C, k) + T * router_flops(C, C // 2)) / (T * block_flops(C, 4 * C, T))
         yield row(f"routed block, capacity {c:g}, {T} tokens, width {C}: routed / dense",
                   flops, times, c, "dense")
 

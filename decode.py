@@ -1,28 +1,31 @@
-"""Decoding: a cache with holes, one pass that serves prompts and single tokens, and a sampling loop.
+"""Decoding: a cache with holes, one pass that serves prompts and single tokens, sampling and beam search.
 
 What a token that does not run leaves behind is where the two papers differ: an exited token writes keys and
 values of its copied state into every dense block above [DAT 2]; a token that goes around a routed block
 writes nothing there [MoD 3.5], so each routed block's cache holds only the tokens it ran.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from exits import nats
 from model import Tokens
-from routing import FAR, causal
+from routing import FAR, causal, confusion
 
 
 class KV:
     """Keys and values of one block: slots (k, v, pos), filled from the left by the tokens that ran.
 
     B rows of `size` slots, plus one that catches the tokens that are not there (position FAR) and is never
-    seen. A query sees the slots whose position is at most its own.
+    seen. A query sees the slots whose position is at most its own. source: what a Seq2Seq looks across at.
     """
 
-    def __init__(self, B, size, n_head, hs, device=None, dtype=None):
+    def __init__(self, B, size, n_head, hs, device=None, dtype=None, source=None):
+        self.source = source
         self.k = torch.zeros(B, n_head, size + 1, hs, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.pos = torch.full((B, size + 1), FAR, device=device)
@@ -49,11 +52,17 @@ class KV:
         return F.scaled_dot_product_attention(q, k, v, seen)
 
 
-def empty_cache(model, B, size):
+    def select(self, rows, source):
+        """Go on with these rows, in any order, also twice (a beam turns), and with this source."""
+        self.k, self.v, self.pos, self.used = self.k[rows], self.v[rows], self.pos[rows], self.used[rows]
+        self.source = source
+
+
+def empty_cache(model, B, size, source=None):
     """One KV per block, for B rows of at most `size` tokens."""
     w = model.wte.weight
     nh = model.config.n_head
-    return [KV(B, size, nh, w.size(1) // nh, w.device, w.dtype) for _ in model.blocks]
+    return [KV(B, size, nh, w.size(1) // nh, w.device, w.dtype, source) for _ in model.blocks]
 
 
 class Read(NamedTuple):
@@ -91,6 +100,19 @@ def read(model, ids, pos, past, rule, route):
     return Read(logits, exit_at, torch.stack(ran, -1), torch.stack(score, -1))
 
 
+@torch.no_grad()
+def score(model, batch, route):
+    """A Batch under teacher forcing, nobody leaving early -> nats (N,) of each exit, summed over tokens, and
+    counts (4,) of how the causal guesses compare with what `route` selected."""
+    losses, counts = [], torch.zeros(4, dtype=torch.long, device=batch.ids.device)
+    for n, (h, visit) in enumerate(model.states(batch, route), 1):
+        if n in model.classifiers.blocks:
+            losses.append(nats(model.classifiers(n, h), batch.targets).sum())
+        if visit.guess is not None:
+            counts += confusion(visit, batch.live)
+    return torch.stack(losses), counts
+
+
 def pad(rows, device):
     """Lists of token ids of any lengths -> ids, pos (B,T), padded on the right, padding at position FAR."""
     T = max(len(r) for r in rows)
@@ -113,30 +135,38 @@ def pick(logits, temperature, top, u):
 
 
 class Generated(NamedTuple):
-    """One row of `generate`. Entry j of exit_at and visited belongs to the reading of ids[j], which wrote
-    ids[j + 1]; the last token has not been read."""
+    """One text of `generate` or `beam_search`. Entry j of exit_at and visited belongs to the reading of
+    ids[j], which wrote ids[j + 1]; the last token has not been read."""
     ids: list[int]              # prompt and what was added, an end token included
     prompt: int                 # tokens of the prompt
     exit_at: np.ndarray         # (len(ids) - 1,) in 1..L
     visited: np.ndarray         # (len(ids) - 1, L) bool
+    score: float = math.nan     # of a beam: log-probability over length^penalty
 
 
-def generate(model, prompts, new, rule, route=causal, temperature=1.0, top=None, seed=0, end=None):
-    """Continue every prompt (a non-empty list of ids) by at most `new` tokens, all rows at once.
-
-    A row stops at token `end`. Row b draws from default_rng([seed, b]), so its text does not depend on the
-    other rows. Raises ValueError for an empty prompt or one that leaves no room for `new` tokens.
-    """
-    device, B, P = model.wte.weight.device, len(prompts), max(map(len, prompts), default=0)
+def check_prompts(model, prompts, new):
+    """Raise ValueError for an empty prompt or one that leaves no room for `new` tokens. -> longest prompt."""
+    P = max(map(len, prompts), default=0)
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("an empty prompt: give at least one token")
     if P + new > model.config.block_size:
         raise ValueError(f"{P} prompt and {new} new tokens exceed the context of {model.config.block_size}")
+    return P
+
+
+def generate(model, prompts, new, rule, route=causal, temperature=1.0, top=None, seed=0, end=None,
+             source=None):
+    """Continue every prompt (a non-empty list of ids) by at most `new` tokens, all rows at once.
+
+    A row stops at token `end`. Row b draws from default_rng([seed, b]), so its text does not depend on the
+    other rows. source: of a Seq2Seq, one for each prompt. Raises ValueError for an empty or over-long prompt.
+    """
+    device, B, P = model.wte.weight.device, len(prompts), check_prompts(model, prompts, new)
     u = np.stack([np.random.default_rng([seed, b]).random(new) for b in range(B)])
     u = torch.from_numpy(u)                             # (B,new); tokens are picked on the CPU, in float64
     length = torch.tensor([len(p) for p in prompts], device=device)
     going = torch.ones_like(length, dtype=torch.bool)
-    past = empty_cache(model, B, P + new)
+    past = empty_cache(model, B, P + new, source)
     ids, pos = pad(prompts, device)
     found = read(model, ids, pos, past, rule, route)
     logits = found.logits[torch.arange(B, device=device), length - 1]
@@ -167,3 +197,100 @@ def _rows(prompts, written, exits, visits):
         read_at = [*range(len(prompt)), *range(P, P + len(added))][: len(prompt) + len(added) - 1]
         rows.append(Generated(prompt + added, len(prompt), exits[b, read_at], visits[b, read_at]))
     return rows
+
+
+# ----------------------------------------------------------------------------- beam search
+
+
+class Hypothesis(NamedTuple):
+    """A text on its way: what was written after the prompt, and how its tokens were read, prompt included."""
+    total: float                # log-probability
+    written: tuple
+    exits: tuple
+    visits: tuple
+
+
+@torch.no_grad()
+def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=None, source=None):
+    """The `beam` best continuations of every prompt -> for each a list of Generated, best first.
+
+    new: the most tokens to add, a number for each prompt. A step ranks all continuations of a prompt's live
+    hypotheses by summed log-probability; those of the best `beam` that are `end` are done, and the best
+    `beam` others live on. A prompt is finished when `beam` hypotheses are done, or at its last token, when
+    the best `beam` continuations count as they are. Finished hypotheses compare by log-probability /
+    length^penalty, length being the tokens added, `end` included. beam=1 is greedy decoding.
+
+    Every hypothesis has its own exits; its rows of the cache and its records follow it when the beam turns.
+    """
+    B, P, V = len(prompts), check_prompts(model, prompts, max(new)), model.vocab_size
+    device = model.wte.weight.device
+    past = empty_cache(model, B, P + max(new), source)
+    ids, pos = pad(prompts, device)
+    found = read(model, ids, pos, past, rule, route)
+    logits = found.logits[range(B), [len(p) - 1 for p in prompts]]
+    live = [[Hypothesis(0.0, (), tuple(e[:len(p)]), tuple(v[:len(p)]))] for p, e, v in
+            zip(prompts, found.exit_at.tolist(), found.visited.tolist(), strict=True)]
+    going, done = list(range(B)), [[] for _ in prompts]
+    for i in range(max(new)):
+        totals = logits.new_tensor([[h.total for h in row] for row in live])            # (n,w)
+        totals = totals.unsqueeze(-1) + logits.log_softmax(-1).view(*totals.shape, V)   # (n,w,V)
+        best = [x.tolist() for x in totals.flatten(1).topk(min(2 * beam, totals[0].numel()))]
+        rows, turned, staying = [], [], []
+        for n, (b, *ranked) in enumerate(zip(going, *best, strict=True)):
+            ended, on = extend(live[n], *ranked, V, beam, end, last=i + 1 == new[b])
+            done[b] += ended
+            if len(done[b]) < beam and i + 1 < new[b]:
+                rows += [n * len(live[n]) + parent for parent, _ in on]
+                turned.append([h for _, h in on])
+                staying.append(n)
+        if not staying:
+            break
+        live, going = turned, [going[n] for n in staying]
+        source = source and source.select(staying)
+        for kv in past:
+            kv.select(rows, source)
+        flat = [(b, h) for b, row in zip(going, live, strict=True) for h in row]
+        ids = torch.tensor([[h.written[-1]] for _, h in flat], device=device)
+        pos = torch.tensor([[len(prompts[b]) + i] for b, _ in flat], device=device)
+        found = read(model, ids, pos, past, rule, route)
+        logits = found.logits[:, 0]
+        how = iter(zip(found.exit_at[:, 0].tolist(), found.visited[:, 0].tolist(), strict=True))
+        live = [[h._replace(exits=(*h.exits, e), visits=(*h.visits, v))
+                 for h, (e, v) in zip(row, how, strict=False)] for row in live]
+    return [_ranked(p, ended, beam, penalty) for p, ended in zip(prompts, done, strict=True)]
+
+
+def extend(hypotheses, totals, places, V, beam, end, last):
+    """One prompt's continuations from best to worst, place = hypothesis * V + token -> (those that are done,
+    [(parent, hypothesis)] of those that go on)."""
+    done, on = [], []
+    for rank, (total, place) in enumerate(zip(totals, places, strict=True)):
+        parent, token = divmod(place, V)
+        h = hypotheses[parent]
+        h = h._replace(total=total, written=(*h.written, token))
+        if token == end or last:
+            done += [h] if rank < beam else []
+        elif len(on) < beam:
+            on.append((parent, h))
+    return done, on
+
+
+def _ranked(prompt, ended, beam, penalty):
+    """Finished hypotheses -> the best `beam` Generated, best first."""
+    texts = [Generated([*prompt, *h.written], len(prompt), np.array(h.exits), np.array(h.visits),
+                       h.total / len(h.written)**penalty) for h in ended]
+    return sorted(texts, key=lambda g: -g.score)[:beam]
+
+
+def longest(S, block_size):
+    """The most tokens that a translation of S source tokens may have: 2 S + 10, as far as there is room."""
+    return min(2 * S + 10, block_size - 1)
+
+
+def translate(model, sources, end, rule, beam=5, penalty=1.0, route=causal):
+    """Lists of source ids, `end` the last of each -> the best Generated of each; it begins with `end`."""
+    device = model.wte.weight.device
+    source = model.encode(*pad(sources, device))
+    new = [longest(len(s), model.config.block_size) for s in sources]
+    found = beam_search(model, [[end]] * len(sources), new, rule, beam, route, penalty, end, source)
+    return [texts[0] for texts in found]

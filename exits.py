@@ -47,33 +47,44 @@ def exit_weights(kind, blocks):
 
 
 def nats(logits, targets):
-    """-log p(target) of every token: logits (...,V), targets (...) -> (...), in fp32 or better."""
+    """-log p(target) of every token: logits (...,V), targets (...) -> (...), in fp32 or better; 0 for the
+    target -1, padding."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=-1)
+    return loss.view(targets.shape)
 
 
 class SummedNats(torch.autograd.Function):
-    """nats(logits, targets).sum() for logits (T,V) that nobody needs afterwards: their memory becomes the
-    gradient softmax(logits) - onehot(targets). For one backward, at once."""
+    """nats(logits, targets).sum(), and the same with smoothed labels, for logits (T,V) that nobody needs
+    afterwards: their memory becomes the second sum's gradient, softmax(logits) - label. For one backward,
+    at once. A smoothed label is (1 - smoothing) onehot(target) + smoothing / V.
+    """
 
     @staticmethod
-    def forward(ctx, logits, targets):
+    def forward(ctx, logits, targets, smoothing):
         p = logits if logits.dtype == torch.float64 else logits.float()
-        targets = targets.unsqueeze(1)
-        top = p.amax(1, keepdim=True)
-        wanted = p.gather(1, targets) - top
-        total = p.sub_(top).exp_().sum(1, keepdim=True)                     # p is overwritten from here on
-        p.div_(total).scatter_add_(1, targets, torch.full_like(wanted, -1))
-        ctx.save_for_backward(p)
-        return (total.log() - wanted).sum()
+        there, targets = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
+        p.sub_(p.amax(1, keepdim=True))
+        wanted, mean = p.gather(1, targets), p.mean(1, keepdim=True) if smoothing else 0
+        total = p.exp_().sum(1, keepdim=True)                               # p is overwritten from here on
+        p.div_(total).scatter_add_(1, targets, torch.full_like(wanted, smoothing - 1))
+        if smoothing:
+            p.sub_(smoothing / p.size(1))
+        ctx.save_for_backward(p.mul_(there))
+        total = total.log()
+        plain = ((total - wanted) * there).sum()
+        smooth = ((total - (1 - smoothing) * wanted - smoothing * mean) * there).sum() if smoothing else plain
+        ctx.mark_non_differentiable(plain)
+        return plain, smooth.clone()
 
     @staticmethod
-    def backward(ctx, scale):
-        return ctx.saved_tensors[0].mul_(scale), None
+    def backward(ctx, _, scale):
+        return ctx.saved_tensors[0].mul_(scale), None, None
 
 
-def loss_and_gradient(classifiers, n, h, targets, scale):
-    """One exit's part of the aligned loss, backward included: h (B,T,C) -> (sum of nats, gradient (B,T,C)).
+def loss_and_gradient(classifiers, n, h, targets, scale, smoothing=0.0):
+    """One exit's part of the aligned loss, backward included: h (B,T,C), targets (B,T), -1 at padding
+    -> (sum of nats, without label smoothing; gradient (B,T,C)).
 
     scale * sum of nats is differentiated at once: into the classifier's parameters here, and down to h as
     the returned tensor. So the logits of one exit at a time are alive, and only CHUNK of them: hand all
@@ -83,10 +94,10 @@ def loss_and_gradient(classifiers, n, h, targets, scale):
     total, gradients = 0.0, []
     for part, wanted in zip(h.detach().flatten(0, 1).split(size), targets.flatten().split(size), strict=True):
         leaf = part.detach().requires_grad_()
-        loss = SummedNats.apply(classifiers(n, leaf), wanted)
+        plain, loss = SummedNats.apply(classifiers(n, leaf), wanted, smoothing)
         with torch.autocast(h.device.type, enabled=False):      # backward keeps the types of forward
             (loss * scale).backward()
-        total = total + loss.detach()
+        total = total + plain
         gradients.append(leaf.grad)
     return total, torch.cat(gradients).view_as(h)
 

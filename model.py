@@ -1,11 +1,13 @@
-"""A GPT whose blocks can be skipped, by Mixture-of-Depths (routing.py) or by early exit (exits.py).
+"""A GPT and a seq2seq Transformer whose blocks can be skipped, by Mixture-of-Depths (routing.py) or by early
+exit (exits.py). The Seq2Seq is that GPT with an encoder that every block looks across at.
 
-B batch, T tokens of this call, C channels, nh heads, hs = C/nh head size, V vocabulary, L blocks,
-N exits, M tokens that attention can see. C is never a capacity.
+B batch, T tokens of this call, S source tokens, C channels, nh heads, hs = C/nh head size, V vocabulary,
+L blocks, N exits, M tokens that attention can see. C is never a capacity.
 
 Three rules keep one forward pass good for training, prompts and decoding:
 - every token carries its position (`Tokens.pos`); nobody counts places;
-- what a layer remembers is an argument, `past`: `Now` (these tokens are all there is) or decode.KV;
+- what a layer remembers is an argument, `past`: `Now` (these tokens are all there is) or decode.KV, and the
+  `Source` of a translation comes with it;
 - a block exposes its update, `residual`; running, routing and copying are three ways to use it.
 """
 import math
@@ -17,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from exits import Classifiers
-from routing import Routed, Visit, top_k
+from routing import FAR, Routed, Visit, top_k
 
 
 @dataclass
@@ -26,6 +28,7 @@ class GPTConfig:
     n_layer: int = 6                                    # L, blocks
     n_head: int = 4                                     # nh
     n_embd: int = 128                                   # C
+    n_inner: int = 0                                    # hidden units of an MLP; 0: four times its width
     block_size: int = 256                               # longest context, in tokens
     dropout: float = 0.0
     exits: Literal["all", "last"] = "all"               # which blocks have a classifier [DAT]
@@ -47,6 +50,15 @@ class GPTConfig:
 
 
 @dataclass
+class Seq2SeqConfig(GPTConfig):
+    """The GPT's options are the decoder's; n_inner, block_size and dropout are also the encoder's."""
+    enc_layer: int = 2
+    enc_head: int = 4
+    enc_embd: int = 128
+    embeddings: Literal["tied", "separate"] = "tied"    # do source and target share one table?
+
+
+@dataclass
 class Tokens:
     """What one call reads. live: who still runs blocks, None for everybody; looked at before each block, so a
     caller that takes a token out after h^n has made it exit at block n: its state stays as it is."""
@@ -60,8 +72,33 @@ def positions(ids):
     return torch.arange(ids.size(1), device=ids.device).expand_as(ids)
 
 
+class Source:
+    """An encoded source: states (B,S,Ce), there (B,S) bool. Each decoder block makes its keys and values at
+    its first visit. A call may have g rows for each source, side by side (the hypotheses of a beam)."""
+
+    def __init__(self, states, there):
+        self.states, self.there, self.made = states, there, {}
+
+    def keys_values(self, cross):
+        """k, v (B,nh,S,hs) for one block's CrossAttention."""
+        if cross not in self.made:
+            self.made[cross] = cross.keys_values(self.states)
+        return self.made[cross]
+
+    def select(self, rows):
+        """The Source of these rows only."""
+        if len(rows) == len(self.states):
+            return self
+        chosen = Source(self.states[rows], self.there[rows])
+        chosen.made = {cross: (k[rows], v[rows]) for cross, (k, v) in self.made.items()}
+        return chosen
+
+
 class Now:
     """No past: training and scoring. Tokens come in order of time, those with position FAR last."""
+
+    def __init__(self, source=None):
+        self.source = source
 
     def write(self, k, v, pos):
         """Nothing to keep."""
@@ -69,6 +106,17 @@ class Now:
     def attend(self, q, k, v, pos, dropout):
         """q, k, v (B,nh,T,hs) -> (B,nh,T,hs)."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+
+class Whole:
+    """No past and no order: in an encoder every token sees all that are there (B,S)."""
+
+    def __init__(self, there):
+        self.there = there[:, None, None]                                               # (B,1,1,S)
+
+    def attend(self, q, k, v, pos, dropout):
+        """q, k, v (B,nh,S,hs) -> (B,nh,S,hs)."""
+        return F.scaled_dot_product_attention(q, k, v, self.there, dropout_p=dropout)
 
 
 def rotations(size, hs, dtype=torch.float32):
@@ -87,13 +135,12 @@ def rotate(x, by):
 class Attention(nn.Module):
     """Multi-head self-attention over `past` and the tokens of this call, with rotary positions."""
 
-    def __init__(self, config):
+    def __init__(self, C, nh, block_size, dropout):
         super().__init__()
-        C, hs = config.n_embd, config.n_embd // config.n_head
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout = nh, dropout
         self.query, self.key_value, self.proj = nn.Linear(C, C), nn.Linear(C, 2 * C), nn.Linear(C, C)
-        self.drop = nn.Dropout(config.dropout)
-        self.register_buffer("rope", rotations(config.block_size, hs), persistent=False)
+        self.drop = nn.Dropout(dropout)
+        self.register_buffer("rope", rotations(block_size, C // nh), persistent=False)
 
     def turn(self, x, pos):
         """x (B,T,nh,hs) at pos (B,T), rotated -> (B,nh,T,hs)."""
@@ -118,12 +165,34 @@ class Attention(nn.Module):
         return self.drop(self.proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
-class MLP(nn.Module):
-    def __init__(self, config):
+class CrossAttention(nn.Module):
+    """Multi-head attention from the tokens of this call to a Source, which has no order here: its encoder put
+    positions into the states."""
+
+    def __init__(self, C, nh, Ce, dropout):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
+        self.n_head, self.dropout = nh, dropout
+        self.query, self.key_value, self.proj = nn.Linear(C, C), nn.Linear(Ce, 2 * C), nn.Linear(C, C)
+        self.drop = nn.Dropout(dropout)
+
+    def keys_values(self, states):
+        """states (B,S,Ce) -> k, v (B,nh,S,hs)."""
+        return self.key_value(states).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    def forward(self, x, source):
+        """x (gB,T,C), a source of B rows -> (gB,T,C). The g rows of one source are queries side by side."""
+        k, v = source.keys_values(self)
+        q = self.query(x).view(len(k), -1, self.n_head, k.size(-1)).transpose(1, 2)     # (B,nh,gT,hs)
+        y = F.scaled_dot_product_attention(q, k, v, source.there[:, None, None],
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.drop(self.proj(y.transpose(1, 2).reshape(x.shape)))
+
+
+class MLP(nn.Module):
+    def __init__(self, C, inner, dropout):
+        super().__init__()
+        self.fc, self.proj = nn.Linear(C, inner), nn.Linear(inner, C)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x):
         """x (B,T,C) -> (B,T,C)."""
@@ -131,16 +200,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention, then (with a source of Ce channels) cross-attention, then MLP; inner 0 means 4C."""
 
-    def __init__(self, config):
+    def __init__(self, C, nh, block_size, inner=0, dropout=0.0, Ce=None):
         super().__init__()
-        self.ln1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
-        self.ln2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.ln1, self.attn = nn.LayerNorm(C), Attention(C, nh, block_size, dropout)
+        self.cross = None
+        if Ce is not None:
+            self.ln_cross, self.cross = nn.LayerNorm(C), CrossAttention(C, nh, Ce, dropout)
+        self.ln2, self.mlp = nn.LayerNorm(C), MLP(C, inner or 4 * C, dropout)
 
     def residual(self, x, pos, past):
         """What this block would add to the stream x (B,T,C)."""
         a = self.attn(self.ln1(x), pos, past)
+        if self.cross is not None:
+            a = a + self.cross(self.ln_cross(x + a), past.source)
         return self.mlp(self.ln2(x + a)).add_(a)        # a + m, in the memory of m
 
     def forward(self, x, at, past, route):
@@ -155,29 +229,37 @@ class Block(nn.Module):
         return x, Visit(at.live)
 
 
-class GPT(nn.Module):
-    """Embedding, L blocks, and classifiers that read the stream after some of them."""
+def initialise(modules, C):
+    """Normal weights, zero biases. GPT-2's 0.02 is for a width of 768, and narrower needs more; the matrices
+    that add to the stream get less, by the root of their number."""
+    named = list(modules.named_parameters())
+    std, adds = 0.02 * math.sqrt(768 / C), sum(name.endswith("proj.weight") for name, _ in named)
+    for name, p in named:
+        if p.dim() > 1:
+            nn.init.normal_(p, std=std / math.sqrt(adds) if name.endswith("proj.weight") else std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
 
-    def __init__(self, config, vocab_size):
+
+class GPT(nn.Module):
+    """Embedding, L blocks, and classifiers that read the stream after some of them. Ce: channels of the
+    source that every block looks across at, None for a plain GPT."""
+
+    def __init__(self, config, vocab_size, Ce=None):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        C, L = config.n_embd, config.n_layer
+        C, L, routed = config.n_embd, config.n_layer, config.routed_blocks()
         self.wte = nn.Embedding(vocab_size, C)
         self.drop = nn.Dropout(config.dropout)
-        routed = config.routed_blocks()
-        self.blocks = nn.ModuleList(
-            Routed(Block(config), C, config.capacity, config.gate, config.causal,
-                   hidden=max(1, int(config.predictor_width * C))) if n in routed else Block(config)
-            for n in range(L))
+        blocks = [Block(C, config.n_head, config.block_size, config.n_inner, config.dropout, Ce)
+                  for _ in range(L)]
+        for n in routed:
+            blocks[n] = Routed(blocks[n], C, config.capacity, config.gate, config.causal,
+                               hidden=max(1, int(config.predictor_width * C)))
+        self.blocks = nn.ModuleList(blocks)
         self.classifiers = Classifiers(range(1, L + 1) if config.exits == "all" else [L], C, vocab_size,
                                        self.wte.weight if config.classifier == "tied" else None)
-        # GPT-2's 0.02 is for a width of 768, and narrower needs more; what is added 2L times gets less
-        std = 0.02 * math.sqrt(768 / C)
-        for name, p in self.named_parameters():
-            if p.dim() > 1:
-                nn.init.normal_(p, std=std / math.sqrt(2 * L) if name.endswith("proj.weight") else std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+        initialise(self, C)
 
     def embed(self, ids):
         """ids (B,T) -> h^0 (B,T,C). Positions enter in attention."""
@@ -186,13 +268,73 @@ class GPT(nn.Module):
         return self.drop(self.wte(ids))
 
     def trunk(self, x, at, past=None, route=top_k):
-        """h^0 (B,T,C) -> yields (h^n, Visit) for n = 1..L. past: one per block, None for `Now`."""
+        """h^0 (B,T,C) -> yields (h^n, Visit) for n = 1..L. past: one for each block, None for `Now`."""
         for n, block in enumerate(self.blocks):
             x, visit = block(x, at, past[n] if past else Now(), route)
             yield x, visit
 
-    def forward(self, ids, route=top_k):
-        """ids (B,T) -> logits (B,T,V) after the last block. The scripts read every h^n from `trunk`."""
-        at = Tokens(positions(ids))
-        *_, (h, _) = self.trunk(self.embed(ids), at, route=route)
+    def past(self, batch):
+        """What a batch (data/batches.py) looks back on when it is read all at once: nothing."""
+        return None
+
+    def states(self, batch, route=top_k):
+        """A batch -> h^1..h^L and the Visits, as `trunk`."""
+        return self.trunk(self.embed(batch.ids), Tokens(batch.pos, batch.live), self.past(batch), route)
+
+    def logits(self, ids, past=None, route=top_k):
+        """ids (B,T) -> (B,T,V) after the last block. The scripts read every h^n from `trunk`."""
+        *_, (h, _) = self.trunk(self.embed(ids), Tokens(positions(ids)), past, route)
         return self.classifiers(self.config.n_layer, h)
+
+    def forward(self, ids, route=top_k):
+        """ids (B,T) -> logits (B,T,V)."""
+        return self.logits(ids, route=route)
+
+
+class Encoder(nn.Module):
+    """Embedding, blocks that look both ways, LayerNorm. wte: a table to share with the decoder, or None."""
+
+    def __init__(self, config, vocab_size, wte=None):
+        super().__init__()
+        self.block_size, C = config.block_size, config.enc_embd
+        self.wte = wte or nn.Embedding(vocab_size, C)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(C, config.enc_head, self.block_size, config.n_inner, config.dropout)
+                                    for _ in range(config.enc_layer))
+        self.norm = nn.LayerNorm(C)
+        initialise(self, C)
+
+    def forward(self, ids, pos):
+        """ids, pos (B,S), FAR: padding -> Source."""
+        if ids.size(1) > self.block_size:
+            raise ValueError(f"a source of {ids.size(1)} tokens exceeds the context of {self.block_size}")
+        x, there = self.drop(self.wte(ids)), pos < FAR
+        for block in self.blocks:
+            x = x + block.residual(x, pos, Whole(there))
+        return Source(self.norm(x), there)
+
+
+class Seq2Seq(GPT):
+    """An encoder, and a GPT whose blocks look across at what it made [DAT 2]."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__(config, vocab_size, config.enc_embd)
+        if config.embeddings == "tied" and config.enc_embd != config.n_embd:
+            raise ValueError(f"one embedding cannot have {config.enc_embd} and {config.n_embd} channels")
+        self.encoder = Encoder(config, vocab_size, self.wte if config.embeddings == "tied" else None)
+
+    def encode(self, ids, pos=None):
+        """ids, pos (B,S), FAR: padding; None: no padding -> Source."""
+        return self.encoder(ids, positions(ids) if pos is None else pos)
+
+    def past(self, batch):
+        """The source of a batch, encoded: one object for all blocks."""
+        return [Now(self.encode(*batch.source))] * self.config.n_layer
+
+    def decode(self, source, ids, route=top_k):
+        """Source, ids (B,T) -> logits (B,T,V)."""
+        return self.logits(ids, [Now(source)] * self.config.n_layer, route)
+
+    def forward(self, source_ids, ids, route=top_k):
+        """source_ids (B,S), ids (B,T), no padding -> logits (B,T,V)."""
+        return self.decode(self.encode(source_ids), ids, route)

@@ -41,6 +41,8 @@ def colors_of(L):
 
 def shown(encoding, i):
     """A token as an axis label: white space made visible, dollars safe from matplotlib's mathematics."""
+    if i == encoding.eot_token:
+        return "</s>"
     text = encoding.decode_single_token_bytes(int(i)).decode("utf-8", "replace")
     text = re.sub("  +", lambda spaces: f"␣×{len(spaces[0])}", text)
     text = text.replace("\n", "↵").replace("\t", "→").replace(" ", "␣")
@@ -52,10 +54,15 @@ def draw_map(depth, encoding, options):
     visited, exit_at = depth["visited"], depth["exit_at"]
     W, T, L = visited.shape
     part = slice(options.first, options.first + options.tokens)
-    window = int(visited[:, part].sum(-1).std(1).argmax()) if options.window is None else options.window
+    window = options.window
+    if window is None:
+        there = depth["targets"][:, part] >= 0
+        full = there.sum(1) == there.sum(1).max()
+        window = int(np.where(full, visited[:, part].sum(-1).std(1, where=there), -1).argmax())
     if not (0 <= window < W and 0 <= options.first < T and options.tokens > 0):
         raise UserError(f"--window must be from 0 to {W - 1} and --first from 0 to {T - 1}, --tokens above 0")
-    ran, left = visited[window, part], exit_at[window, part]           # (t,L), (t,)
+    there = depth["targets"][window, part] >= 0
+    ran, left = visited[window, part][there], exit_at[window, part][there]                     # (t,L), (t,)
     exited = np.arange(1, L + 1) > left[:, None]
     picture = np.where(ran, 2, np.where(exited, 0, 1))
     fig, ax = plt.subplots(figsize=(12, 1.9 + 0.3 * L))
@@ -64,7 +71,7 @@ def draw_map(depth, encoding, options):
     ax.step(np.arange(len(left) + 1), np.append(left, left[-1]), where="post", color="#c0392b", lw=2)
     ax.set_yticks(np.arange(L) + 0.5, [f"{n}{' routed' if is_routed else ''}" for n, is_routed in
                                        enumerate(routed_blocks(depth), 1)])
-    words = [shown(encoding, i) for i in depth["ids"][window, part]]
+    words = [shown(encoding, i) for i in depth["ids"][window, part][:len(left)]]
     ax.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90, fontfamily="monospace", fontsize=10)
     ax.tick_params(length=0)
     ax.set(ylabel="block", xlabel="token read")
@@ -83,17 +90,17 @@ def routed_blocks(depth):
 
 def draw_depth(depth):
     """Two histograms: the exit, and the number of blocks run. With a mean line each."""
-    L = depth["visited"].shape[-1]
+    L, there = depth["visited"].shape[-1], depth["targets"] >= 0
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
-    for ax, values, title in ((axes[0], depth["exit_at"], "block after which a token left"),
-                              (axes[1], depth["visited"].sum(-1), "blocks run by a token")):
-        share = np.bincount(values.ravel().astype(int), minlength=L + 1)[1:] / values.size
+    for ax, values, title in ((axes[0], depth["exit_at"][there], "block after which a token left"),
+                              (axes[1], depth["visited"][there].sum(-1), "blocks run by a token")):
+        share = np.bincount(values.astype(int), minlength=L + 1)[1:] / values.size
         bars = ax.bar(np.arange(1, L + 1), share, color=colors_of(L), width=0.8)
         ax.bar_label(bars, [f"{s:.0%}" if s >= 0.005 else "" for s in share], fontsize=9)
         ax.axvline(values.mean(), color="#c0392b", ls="--", lw=1.5)
         ax.set(title=f"{title} (mean {values.mean():.2f})", xticks=range(1, L + 1))
     axes[0].set_ylabel("share of tokens")
-    fig.suptitle(f"{depth['exit_at'].size:,} validation tokens, {depth['rule']}", x=0.01, ha="left",
+    fig.suptitle(f"{there.sum():,} validation tokens, {depth['rule']}", x=0.01, ha="left",
                  fontsize=10, color="#555555")
     return fig
 
@@ -103,7 +110,7 @@ def draw_router(depth):
     routed = np.flatnonzero(routed_blocks(depth))
     fig, axes = plt.subplots(1, len(routed), figsize=(max(4, 3 * len(routed)), 3), sharey=True, squeeze=False)
     for ax, n in zip(axes[0], routed, strict=True):
-        alive = depth["exit_at"] > n
+        alive = (depth["exit_at"] > n) & (depth["targets"] >= 0)
         if not alive.any():
             ax.set(title=f"block {n + 1}: nobody came")
             continue
@@ -156,7 +163,7 @@ def main(argv=None):
         if routed_blocks(depth).any():
             figures["router"] = draw_router(depth)
     else:
-        print(f"{folder} has no depth.npz yet (train.py writes it at the end): drawing the loss alone")
+        print(f"{folder} has no depth.npz yet (evaluate.py writes it): drawing the loss alone")
     (folder / "figures").mkdir(exist_ok=True)
     for name, fig in figures.items():
         if fig is not None:

@@ -34,19 +34,28 @@ def in_time_order(idx, keep, T):
     return torch.where(keep, idx, T).sort(dim=1).values
 
 
-def top_k(score, guess, live, k):
+def kept(capacity, T):
+    """k for a sequence of T tokens: at least one, at most all."""
+    return min(T, max(1, round(capacity * T)))
+
+
+def top_k(score, guess, live, capacity):
     """Expert choice [MoD 3.3]: the k largest scores of each row (not of the batch). score (B,T) -> idx (B,k).
 
     Looks at the whole sequence, so a token's fate depends on later ones: for training and for measuring.
     Of equal scores (a word that stands twice, in block 0) the earlier goes first; topk promises no order.
+    live (B,T) or None: a row in which fewer tokens are there selects fewer, k being that of its own length.
     """
+    k = kept(capacity, score.size(1))
     if live is None:
         return score.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
     idx = score.masked_fill(~live, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :k]
-    return in_time_order(idx, live.gather(1, idx), score.size(1))
+    own = (capacity * live.sum(1, keepdim=True)).round().clamp(min=1)                   # (B,1)
+    among = torch.arange(k, device=score.device) < own
+    return in_time_order(idx, among & live.gather(1, idx), score.size(1))
 
 
-def causal(score, guess, live, k):
+def causal(score, guess, live, capacity):
     """Each token by its own guess > 0 [MoD 3.5], however many those are. guess (B,T) -> idx (B, most)."""
     run = guess > 0 if live is None else (guess > 0) & live
     place = torch.arange(run.size(1), device=run.device).expand_as(run)
@@ -75,10 +84,6 @@ class Routed(nn.Module):
         if causal == "predictor":
             self.predictor = nn.Sequential(nn.Linear(C, hidden), nn.SiLU(), nn.Linear(hidden, 1))
 
-    def kept(self, T):
-        """k for a sequence of T tokens: at least one, at most all."""
-        return min(T, max(1, round(self.capacity * T)))
-
     def scores(self, x):
         """x (B,T,C) -> score (B,T), guess (B,T), in the parameters' precision even under autocast."""
         with torch.autocast(x.device.type, enabled=False):
@@ -91,7 +96,7 @@ class Routed(nn.Module):
         """x (B,T,C) -> (x, Visit). A token that does not run leaves nothing behind in `past`."""
         B, T, C = x.shape                                                   # k tokens kept
         score, guess = self.scores(x)
-        idx = route(score, guess, at.live, self.kept(T))                    # (B,k), T: nobody
+        idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody
         ran = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device).scatter(1, idx, True)[:, :T]
         if idx.size(1) > 0:
             here, idx = idx < T, idx.clamp(max=T - 1)
@@ -103,15 +108,18 @@ class Routed(nn.Module):
         return x, Visit(ran, score, guess)
 
 
-def imitation_loss(visit):
-    """Sum over tokens of the binary cross-entropy of the guess against what top-k selected [MoD 3.5]."""
-    return F.binary_cross_entropy_with_logits(visit.guess, visit.ran.to(visit.guess.dtype), reduction="sum")
+def imitation_loss(visit, live=None):
+    """Sum over tokens (live (B,T): over those) of the binary cross-entropy of the guess against what top-k
+    selected [MoD 3.5]."""
+    wanted = visit.ran.to(visit.guess.dtype)
+    return F.binary_cross_entropy_with_logits(visit.guess, wanted, live, reduction="sum")
 
 
-def confusion(visit):
+def confusion(visit, live=None):
     """Counts (4,) of true positives, false positives, false negatives, true negatives of guess > 0."""
     yes, ran = visit.guess > 0, visit.ran
-    return torch.stack([(yes & ran).sum(), (yes & ~ran).sum(), (~yes & ran).sum(), (~yes & ~ran).sum()])
+    cases = torch.stack([yes & ran, yes & ~ran, ~yes & ran, ~yes & ~ran])
+    return (cases if live is None else cases & live).sum((1, 2))
 
 
 def report(counts):

@@ -8,6 +8,7 @@
 """
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import pickle
@@ -26,34 +27,41 @@ from typing import Literal
 import torch
 import tyro
 
-from data.common import UserError
-from exits import WEIGHTS
-from model import GPT, GPTConfig
+import exits
+from data.common import UserError, is_prepared, load_set
+from data.parallel import direction, load_pairs
+from model import GPT, Seq2Seq, Seq2SeqConfig
 
 HERE = Path(__file__).resolve().parent
 
 
 @dataclass
 class Options:
-    """Train an adaptive-depth GPT. The first word may name a preset, configs/NAME.toml; options win."""
-    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
+    """Train an adaptive-depth GPT, or with --translate a seq2seq Transformer. The first word may name a
+    preset, configs/NAME.toml; options win."""
+    model: tyro.conf.OmitArgPrefixes[Seq2SeqConfig] = field(default_factory=Seq2SeqConfig)
     data: str = "pysource"              # a folder under data/, or the path of a prepared folder
+    translate: str = ""                 # from which language into which, such as en-de; empty: a GPT
     out: str = "runs"                   # where numbered run folders are made
     steps: int = 1100
-    batch: int = 4                      # sequences a step
+    batch: int = 4                      # GPT: sequences a step
+    batch_tokens: int = 2048            # translation: tokens a step, of the longer side, with padding
     accumulate: int = 1                 # pieces that a step's batch is cut into, to save memory
     lr: float = 2e-3                    # peak learning rate
     lr_end: float = 0.1                 # last learning rate as a share of the peak
-    warmup: int = 50                    # steps of linear warm-up, then cosine
+    warmup: int = 50                    # steps of linear warm-up
+    schedule: Literal["cosine", "inverse_sqrt"] = "cosine"  # then down to lr_end, or lr sqrt(warmup / step)
+    label_smoothing: float = 0.0        # share of every label that is spread over the vocabulary
+    average: int = 1                    # the final weights are the mean of this many last checkpoints
     weight_decay: float = 0.1           # on matrices only
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0                   # gradient norm is clipped to this
-    exit_weights: Literal[tuple(WEIGHTS)] = "1"     # w_n of the aligned loss over exits
+    exit_weights: Literal[tuple(exits.WEIGHTS)] = "1"     # w_n of the aligned loss over exits
     imitation: float = 0.01             # weight of the loss that teaches the causal rule top-k's choices
     tau: float = 0.3                    # confidence threshold of the adaptive evaluation after training
     eval_every: int = 200               # steps between evaluations
-    eval_windows: int = 32              # fixed validation windows
+    eval_windows: int = 32              # fixed validation windows, or batches of sentence pairs
     save_every: int = 200               # steps between checkpoints
     log_every: int = 10
     seed: int = 0
@@ -68,13 +76,14 @@ MAY_CHANGE = {"data", "device", "compile", "stop_at", "out", "resume"}     # for
 
 RANGES = {  # option -> smallest and largest value; nan is in no range
     **dict.fromkeys(("steps", "batch", "accumulate", "eval_every", "eval_windows", "save_every", "log_every",
-                     "n_layer", "n_head", "n_embd"), (1, 2**31)),
+                     "n_layer", "n_head", "n_embd", "enc_layer", "enc_head", "enc_embd", "batch_tokens"),
+                    (1, 2**31)),
     **dict.fromkeys(("lr", "clip", "predictor_width"), (1e-12, 1e6)),
     **dict.fromkeys(("weight_decay", "imitation"), (0, 1e6)),
-    **dict.fromkeys(("beta1", "beta2", "dropout"), (0, 1 - 1e-9)),
-    **dict.fromkeys(("seed", "stop_at", "warmup"), (0, 2**31)),
+    **dict.fromkeys(("beta1", "beta2", "dropout", "label_smoothing"), (0, 1 - 1e-9)),
+    **dict.fromkeys(("seed", "stop_at", "warmup", "n_inner"), (0, 2**31)),
     **dict.fromkeys(("tau", "lr_end"), (0, 1)),
-    "block_size": (2, 2**20), "capacity": (1e-9, 1),
+    "block_size": (2, 2**20), "capacity": (1e-9, 1), "average": (1, 100),
 }
 
 
@@ -88,6 +97,13 @@ def idle(options):
         why["predictor_width"] = "the router decides, there is no predictor (--causal router)"
     if m.exits == "last":
         why |= dict.fromkeys(("exit_weights", "tau"), "only the last block has a classifier (--exits last)")
+    if options.translate:
+        why["batch"] = "batches of sentence pairs have --batch_tokens"
+    else:
+        names = ("enc_layer", "enc_head", "enc_embd", "embeddings", "batch_tokens")
+        why |= dict.fromkeys(names, "a GPT has no source (--translate makes a translator)")
+    if options.schedule == "inverse_sqrt":
+        why["lr_end"] = "the inverse square root has no end"
     return why
 
 
@@ -157,15 +173,58 @@ def check(options):
         if value[name] != default[name]:
             raise UserError(f"--{name} {value[name]} would do nothing: {why[name]}")
     m = options.model
-    if m.n_embd % (2 * m.n_head):
-        raise UserError(f"--n_embd {m.n_embd} is not an even multiple of --n_head {m.n_head}")
-    if options.batch % options.accumulate:
+    for width, heads in (("n_embd", "n_head"), ("enc_embd", "enc_head")):
+        if value[width] % (2 * value[heads]):
+            raise UserError(f"--{width} {value[width]} is not an even multiple of --{heads} {value[heads]}")
+    if options.translate and m.embeddings == "tied" and m.enc_embd != m.n_embd:
+        raise UserError(f"--enc_embd {m.enc_embd} and --n_embd {m.n_embd} differ: source and target cannot "
+                        "share one table: use --embeddings separate")
+    if options.schedule == "inverse_sqrt" and not options.warmup:
+        raise UserError("--schedule inverse_sqrt needs --warmup: the rate falls with sqrt(warmup / step)")
+    if not options.translate and options.batch % options.accumulate:
         raise UserError(f"--batch {options.batch} cannot be cut into {options.accumulate} equal pieces "
                         f"(--accumulate)")
     try:
         m.routed_blocks()
     except ValueError as e:
         raise UserError(f"--routed: {e}; use none, odd, even, all or numbers such as 1,3") from None
+
+
+# ----------------------------------------------------------------------------- halting rules by name
+
+
+@dataclass
+class Halting:
+    """When to exit, on the command line."""
+    rule: Literal["auto", "confidence", "fixed", "full"] = "auto"   # auto: confidence if there are exits
+    tau: tuple[float, ...] = ()     # confidence: one threshold, or one for each block but the last
+    exit: int = 0               # fixed: leave after this block
+
+
+def halting_rule(options, trained):
+    """The rule that the options name, for the run's training options. -> (rule, its description)."""
+    L, kind = trained.model.n_layer, options.rule
+    if kind == "auto":
+        wants_confidence = options.tau or trained.model.exits == "all"
+        kind = "fixed" if options.exit else "confidence" if wants_confidence else "full"
+    if kind != "full" and trained.model.exits != "all":
+        raise UserError("this run has a classifier after its last block only, so no token can leave "
+                        "early: use --rule full, or train with --exits all")
+    for name, used in (("tau", "confidence"), ("exit", "fixed")):
+        if getattr(options, name) and kind != used:
+            raise UserError(f"--{name} would do nothing: the rule is {kind}")
+    if kind == "full":
+        return exits.full_depth, "full depth"
+    if kind == "fixed":
+        if not 1 <= options.exit <= L:
+            raise UserError(f"--exit {options.exit} must be a block from 1 to {L}")
+        return exits.fixed_exit(options.exit), f"exit after block {options.exit}"
+    tau = options.tau or (trained.tau,)
+    if len(tau) not in (1, L - 1):
+        raise UserError(f"--tau takes one threshold or {L - 1}, one for each block but the last, "
+                        f"not {len(tau)}")
+    named = "exit at confidence " + " ".join(map(str, tau))
+    return exits.confidence(tau * (L - 1) if len(tau) == 1 else tau), named
 
 
 # ----------------------------------------------------------------------------- device
@@ -299,9 +358,26 @@ def read_metrics(folder):
 # ----------------------------------------------------------------------------- checkpoints
 
 
-def save(folder, step, model, optimizer):
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+def save(folder, step, model, optimizer, last):
+    """Write ckpt.pt. last: {step: weights} of the checkpoints that the final weights are the mean of."""
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "last": last}
     write_atomically(Path(folder) / "ckpt.pt", lambda f: torch.save(state, f))
+
+
+def keep_last(last, step, model, average):
+    """{step: weights} with a copy of the model's, the newest `average` of them; nothing for average 1."""
+    if average == 1:
+        return {}
+    last = {**last, step: {name: w.detach().clone() for name, w in model.state_dict().items()}}
+    return {n: last[n] for n in sorted(last)[-average:]}
+
+
+def mean_weights(state):
+    """The weights of a checkpoint: the mean of its last ones if it keeps any."""
+    last = list(state["last"].values())
+    if not last:
+        return state["model"]
+    return {name: torch.stack([weights[name] for weights in last]).mean(0) for name in last[0]}
 
 
 def load(folder, device):
@@ -314,19 +390,43 @@ def load(folder, device):
         if damaged:
             raise RuntimeError(f"checksum of {damaged}")
         state = torch.load(path, map_location=device, weights_only=True)
-        return {part: state[part] for part in ("step", "model", "optimizer")}
+        return {part: state[part] for part in ("step", "model", "optimizer", "last")}
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError,
             zipfile.BadZipFile) as e:
         raise UserError(f"{path} is damaged ({str(e)[:150]}); start the run again or take another") from None
 
 
+def dataset(name, translate):
+    """The data set `name`, a folder under data/ (made now if it needs nothing from the user) or a path
+    -> (folder, DataSet, or PairSet to `translate`). Raises UserError if it is of the other kind."""
+    folder = Path(name) if Path(name).is_dir() else HERE / "data" / name
+    if name in ("pysource", "shakespeare", "multi30k", "iwslt14") and not is_prepared(folder):
+        print(f"preparing data/{name} ...", flush=True)
+        importlib.import_module(f"data.{name}.prepare").main([])
+    pairs = is_prepared(folder) and "languages" in json.loads((folder / "meta.json").read_text("utf-8"))
+    if pairs and not translate:
+        raise UserError(f"{folder} holds sentence pairs: say what to --translate, such as "
+                        + "-".join(reversed(load_pairs(folder).meta["languages"])))
+    if translate and not pairs and is_prepared(folder):
+        raise UserError(f"{folder} is one text, there is nothing to --translate; use a set of sentence pairs")
+    data = load_pairs(folder) if translate else load_set(folder)
+    if translate:
+        direction(data, translate)
+    return folder, data
+
+
+def build(options, vocab_size):
+    """The model that the options describe, with initial weights."""
+    return (Seq2Seq if options.translate else GPT)(options.model, vocab_size)
+
+
 def open_run(run, out="runs", device="auto"):
-    """-> (folder, Options, device, model in eval mode with the run's weights)."""
+    """-> (folder, Options, device, model in eval mode with the run's final weights)."""
     folder, device = find(run, out), device_of(device)
     path = folder / "options.json"
     options = from_file(path, read_json(path, "options"))
-    model = GPT(options.model, read_json(folder / "meta.json", "vocab_size")).to(device)
-    fill(model, load(folder, device)["model"], folder)
+    model = build(options, read_json(folder / "meta.json", "vocab_size")).to(device)
+    fill(model, mean_weights(load(folder, device)), folder)
     return folder, options, device, model.eval()
 
 

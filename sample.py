@@ -1,7 +1,8 @@
-"""Sample from a run, each token coloured by the number of blocks that ran to write it.
+"""Sample from a run, or translate with it, each token coloured by the number of blocks that ran to write it.
 
     python sample.py --run 3 --prompt "def main(" --tau 0.8
     echo "class Stack" | python sample.py --run last --prompt -
+    python sample.py --run 4 --prompt "A dog runs over the grass."      (a translator: one sentence a line)
 """
 import codecs
 import os
@@ -11,56 +12,29 @@ from typing import Literal
 
 import numpy as np
 
-import exits
 import run
-from data.common import UserError, command, load_tokenizer
-from decode import generate
+from data.common import EOT, UserError, command, load_tokenizer
+from data.parallel import sentence, sentence_ids
+from decode import generate, translate
 
 SHADES = (153, 159, 158, 157, 193, 229, 223, 217, 210, 203)     # of the 256 terminal colours: shallow to deep
 
 
 @dataclass
-class Options:
-    """Continue a prompt with the model of a run."""
+class Options(run.Halting):
+    """Continue a prompt with the model of a run, or translate it."""
     run: str = "last"           # its folder or number, or "last"
     out: str = "runs"           # where numbered runs are
-    prompt: str | None = None   # "-" reads standard input; left out: the data set's own
+    prompt: str | None = None   # a text; translator: a sentence a line. "-": standard input
     tokens: int = 200           # new tokens at most
     samples: int = 1            # this many texts, side by side in one batch
     temperature: float = 0.8    # 0: always the most likely token
     top_k: int = 50             # choose among this many most likely tokens; 0: all
     seed: int = 0
-    rule: Literal["auto", "confidence", "fixed", "full"] = "auto"   # when to exit; auto: confidence if it can
-    tau: tuple[float, ...] = ()     # confidence: one threshold, or one for each block but the last
-    exit: int = 0               # fixed: leave after this block
+    beam: int = 5               # translator: hypotheses; 1: greedy
+    penalty: float = 1.0        # translator: hypotheses compare by log-probability / length^penalty
     color: Literal["auto", "always", "never"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-
-
-def halting_rule(options, trained):
-    """The rule that the options name, for the run's training options. -> (rule, its description)."""
-    L, kind = trained.model.n_layer, options.rule
-    if kind == "auto":
-        wants_confidence = options.tau or trained.model.exits == "all"
-        kind = "fixed" if options.exit else "confidence" if wants_confidence else "full"
-    if kind != "full" and trained.model.exits != "all":
-        raise UserError("this run has a classifier after its last block only, so no token can leave "
-                        "early: use --rule full, or train with --exits all")
-    for name, used in (("tau", "confidence"), ("exit", "fixed")):
-        if getattr(options, name) and kind != used:
-            raise UserError(f"--{name} would do nothing: the rule is {kind}")
-    if kind == "full":
-        return exits.full_depth, "full depth"
-    if kind == "fixed":
-        if not 1 <= options.exit <= L:
-            raise UserError(f"--exit {options.exit} must be a block from 1 to {L}")
-        return exits.fixed_exit(options.exit), f"exit after block {options.exit}"
-    tau = options.tau or (trained.tau,)
-    if len(tau) not in (1, L - 1):
-        raise UserError(f"--tau takes one threshold or {L - 1}, one for each block but the last, "
-                        f"not {len(tau)}")
-    named = "exit at confidence " + " ".join(map(str, tau))
-    return exits.confidence(tau * (L - 1) if len(tau) == 1 else tau), named
 
 
 def pieces(encoding, ids):
@@ -97,36 +71,77 @@ def main(argv=None):
     options = run.parse(argv, Options)
     if options.tokens < 1 or options.samples < 1:
         raise UserError("--tokens and --samples must be at least 1")
+    if options.beam < 1:
+        raise UserError("--beam must be at least 1; 1 is greedy")
     if not (0 <= options.temperature < float("inf")) or options.top_k < 0 or options.seed < 0:
         raise UserError("--temperature, --top_k and --seed must be at least 0")
-    folder, trained, device, model = run.open_run(options.run, options.out, options.device)
-    encoding = load_tokenizer(folder / "tokenizer.json")
-    rule, named = halting_rule(options, trained)
-    text = options.prompt
+    folder, trained, _, model = run.open_run(options.run, options.out, options.device)
+    refuse_idle(options, trained)
+    encoding, L = load_tokenizer(folder / "tokenizer.json"), trained.model.n_layer
+    rule, named = run.halting_rule(options, trained)
+    text, color = options.prompt, use_color(options.color)
     if text is None:
         text = run.read_json(folder / "meta.json", "prompt")
+        text = text[trained.translate.split("-")[0]] if trained.translate else text
     elif text == "-":
         text = sys.stdin.read()
-    prompt, room = encoding.encode_ordinary(text), trained.model.block_size
+    if trained.translate:
+        lines, rows = translations(model, encoding, text, rule, options)
+    else:
+        lines, rows = None, continuations(model, encoding, text, rule, options)
+    show(rows, lines, encoding, L, f"{folder}, {named}", color)
+    keep(rows, lines, encoding, folder)
+
+
+def refuse_idle(options, trained):
+    """Options of the other kind of model would do nothing."""
+    kind, other = "a GPT", ("beam", "penalty")
+    if trained.translate:
+        kind = f"a translator ({trained.translate})"
+        other = ("tokens", "samples", "temperature", "top_k", "seed")
+    for name in other:
+        if getattr(options, name) != getattr(Options, name):
+            raise UserError(f"--{name} would do nothing: this run is {kind}")
+
+
+def continuations(model, encoding, text, rule, options):
+    """Text -> `samples` Generated that begin with it."""
+    prompt, room = encoding.encode_ordinary(text), model.config.block_size
     if not prompt:
         raise UserError("the prompt is empty: give --prompt at least one character")
     if len(prompt) >= room:
         raise UserError(f"the prompt has {len(prompt)} tokens, but the model reads at most {room}, what it "
                         f"writes included: give at most {room - 1}")
-    new, L = min(options.tokens, room - len(prompt)), trained.model.n_layer
+    new = min(options.tokens, room - len(prompt))
     if new < options.tokens:
         print(f"(room for {new} new tokens: the context is {room})", file=sys.stderr)
-    rows = generate(model, [prompt] * options.samples, new, rule, temperature=options.temperature,
+    return generate(model, [prompt] * options.samples, new, rule, temperature=options.temperature,
                     top=options.top_k or None, seed=options.seed, end=encoding.eot_token)
-    show(rows, encoding, L, f"{folder}, {named}", use_color(options.color))
-    keep(rows, encoding, folder)
 
 
-def show(rows, encoding, L, title, color):
-    """Print every row, a legend and how deep the new tokens went."""
-    for row in rows:
-        depth = [None] * row.prompt + row.visited.sum(1)[row.prompt - 1:].tolist()
-        texts = pieces(encoding, row.ids)
+def translations(model, encoding, text, rule, options):
+    """Sentences, one a line -> (the sentences, their best Generated)."""
+    lines, room = [line.strip() for line in text.strip().split("\n")], model.config.block_size
+    sources = [sentence_ids(encoding, line) for line in lines]
+    for n, (line, ids) in enumerate(zip(lines, sources, strict=True), 1):
+        if not line:
+            raise UserError(f"line {n} of the prompt is empty: give a sentence to translate")
+        if len(ids) > room:
+            raise UserError(f"line {n} of the prompt has {len(ids)} tokens, the model reads at most {room}")
+    return lines, translate(model, sources, encoding.eot_token, rule, options.beam, options.penalty)
+
+
+def show(rows, lines, encoding, L, title, color):
+    """Print every row (after the line it translates), a legend and how deep the new tokens went."""
+    for n, row in enumerate(rows):
+        depth, ids = [None] * row.prompt + row.visited.sum(1)[row.prompt - 1:].tolist(), row.ids
+        if lines:
+            print(lines[n])
+            depth, ids = depth[row.prompt:], ids[row.prompt:]
+        texts = pieces(encoding, ids)
+        if lines:
+            texts = [texts[0].lstrip(), *texts[1:]]
+            texts[-1] = texts[-1].replace(EOT, " </s>" if color else "")
         print(paint(texts, depth, L) if color else "".join(texts))
         print("-" * 60)
     visited = np.concatenate([r.visited[r.prompt - 1:] for r in rows])
@@ -138,9 +153,13 @@ def show(rows, encoding, L, title, color):
           f"{visited.sum(1).mean():.2f} blocks run")
 
 
-def keep(rows, encoding, folder):
+def keep(rows, lines, encoding, folder):
     """sample.txt and sample.npz (all rows one after another; `row` says whose) in the run's folder."""
-    text = ("\n" + "-" * 60 + "\n").join(encoding.decode(r.ids) for r in rows) + "\n"
+    if lines:
+        done = zip(lines, (sentence(encoding, r.ids) for r in rows), strict=True)
+        text = "\n".join(f"{line}\n{translation}\n" for line, translation in done)
+    else:
+        text = ("\n" + "-" * 60 + "\n").join(encoding.decode(r.ids) for r in rows) + "\n"
     run.write_atomically(folder / "sample.txt", lambda f: f.write(text.encode("utf-8")))
     arrays = {"ids": np.concatenate([r.ids[:-1] for r in rows]).astype(np.int32),
               "written": np.concatenate([r.ids[1:] for r in rows]).astype(np.int32),

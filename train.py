@@ -3,14 +3,12 @@
 Step t is a function of (seed, t): its batch, dropout and every other random choice. So nothing random is
 stored, any step can be computed again, and --resume continues exactly.
 """
-import importlib
 import json
 import math
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,34 +16,35 @@ from tqdm import tqdm
 
 import exits
 import run
-from data.common import UserError, command, is_prepared, load_set, token_bytes
-from decode import read
-from model import GPT, Tokens, positions
-from routing import ROUTES, causal, confusion, imitation_loss, report
+from data.batches import Buckets, Windows
+from data.common import UserError, command, token_bytes
+from data.parallel import direction
+from decode import score
+from routing import ROUTES, imitation_loss, report
 
 # ----------------------------------------------------------------------------- objectives
 
 
-def aligned(model, ids, targets, scale, options):
+def aligned(model, batch, scale, options):
     """The aligned loss [DAT 2.2] plus the imitation loss [MoD 3.5] of one piece of a batch, and backward.
 
-    ids, targets (B,T). Adds scale * loss to the gradients (scale = 1 / targets of the whole step) and returns
-    the nats (N,) summed over tokens at each exit. With one classifier this is plain language modelling.
+    Adds scale * loss to the gradients (scale = 1 / targets of the whole step) and returns the nats (N,)
+    summed over tokens at each exit. With one classifier this is plain language modelling, or translation.
     """
     blocks = model.classifiers.blocks
     weights = dict(zip(blocks, exits.exit_weights(options.exit_weights, blocks), strict=True))
     sums, ends, gradients = [], [], []
-    at = Tokens(positions(ids))
-    for n, (h, visit) in enumerate(model.trunk(model.embed(ids), at), 1):
+    for n, (h, visit) in enumerate(model.states(batch), 1):
         if n in weights:
-            nats, gradient = exits.loss_and_gradient(model.classifiers, n, h, targets, scale * weights[n])
+            nats, gradient = exits.loss_and_gradient(
+                model.classifiers, n, h, batch.targets, scale * weights[n], options.label_smoothing)
             sums.append(nats)
             ends.append(h)
             gradients.append(gradient)
         if visit.guess is not None:
-            ends.append(imitation_loss(visit) * scale * options.imitation)
+            ends.append(imitation_loss(visit, batch.live) * scale * options.imitation)
             gradients.append(None)
-    with torch.autocast(ids.device.type, enabled=False):        # backward keeps the types of forward
+    with torch.autocast(batch.ids.device.type, enabled=False):  # backward keeps the types of forward
         torch.autograd.backward(ends, gradients)
     return torch.stack(sums)
 
@@ -53,34 +52,30 @@ def aligned(model, ids, targets, scale, options):
 # ----------------------------------------------------------------------------- batches and schedule
 
 
-def batch_of(tokens, options, t):
-    """The batch of step t: ids, targets (batch, block_size)."""
-    T = options.model.block_size
-    first = np.random.default_rng([options.seed, t]).integers(0, len(tokens) - T, options.batch)
-    return cut(tokens, first, T)
-
-
-def windows_of(tokens, count, T):
-    """The same evenly spaced windows for every run: ids, targets (count,T)."""
-    count = max(1, min(count, (len(tokens) - 1) // T))
-    return cut(tokens, np.linspace(0, len(tokens) - T - 1, count).astype(np.int64), T)
-
-
-def cut(tokens, first, T):
-    rows = np.stack([tokens[i:i + T + 1] for i in first]).astype(np.int64)
-    return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
-
-
-def pieces(windows, options):
-    """(ids, targets) -> pairs of as many rows as training has in memory at a time."""
-    size = options.batch // options.accumulate
-    return zip(*(t.split(size) for t in windows), strict=True)
+def batches_of(data, options):
+    """-> what to train on and what to validate on, each with step(seed, t) and fixed(count)."""
+    found, T = [], options.model.block_size
+    for split, share in (("train", 1), ("val", options.accumulate)):
+        if options.translate:
+            pairs = [data.splits[split][language] for language in direction(data, options.translate)]
+            found.append(Buckets(*pairs, data.encoding.eot_token, options.batch_tokens // share, T))
+            if found[-1].left_out:
+                print(f"left out of {split}: {found[-1].left_out} pairs over {T} tokens (--block_size)")
+            continue
+        tokens = getattr(data, split)
+        if len(tokens) <= T:
+            raise UserError(f"{split}.bin has {len(tokens)} tokens, but one window takes {T + 1}: give more "
+                            f"data or a smaller --block_size")
+        found.append(Windows(tokens, T, options.batch // share))
+    return found
 
 
 def learning_rate(t, options):
-    """Linear warm-up, then a cosine from lr to lr * lr_end over exactly the run's steps."""
+    """Linear warm-up, then a cosine from lr to lr * lr_end over exactly the run's steps, or lr / sqrt(t)."""
     if t < options.warmup:
         return options.lr * (t + 1) / options.warmup
+    if options.schedule == "inverse_sqrt":
+        return options.lr * math.sqrt(options.warmup / (t + 1))
     done = (t - options.warmup) / max(1, options.steps - options.warmup)
     return options.lr * (options.lr_end + (1 - options.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
 
@@ -99,85 +94,39 @@ def optimizer_of(model, options):
 # ----------------------------------------------------------------------------- evaluation
 
 
-@torch.no_grad()
-def evaluate(model, windows, options, context, stop=False):
+def evaluate(model, batches, options, context, stop=False):
     """Loss (nats per token) of every exit under each routing rule; how well the causal rule imitates top-k.
-
-    windows: ids, targets (W,T). -> dict for metrics.jsonl, or None if `stop` came true on the way.
-    """
+    -> dict for metrics.jsonl, or None if `stop` came true on the way."""
     model.eval()
-    targets, device = windows[1], model.wte.weight.device
-    routes = ROUTES if options.model.routed != "none" else {"top_k": ROUTES["top_k"]}
-    loss, counts, ran = {}, torch.zeros(4, device=device), []
-    for name, route in routes.items():
-        sums = torch.zeros(len(model.classifiers.blocks), dtype=torch.float64)
-        for x, y in pieces(windows, options):
+    device, loss = model.wte.weight.device, {}
+    tokens, counts = sum(b.count for b in batches), {}
+    for name in ROUTES if options.model.routed != "none" else ["top_k"]:
+        sums, counts[name] = 0, 0
+        for batch in batches:
             if stop:
                 return None
-            x, y, losses = x.to(device), y.to(device), []
-            at = Tokens(positions(x))
             with context:
-                for n, (h, visit) in enumerate(model.trunk(model.embed(x), at, route=route), 1):
-                    if n in model.classifiers.blocks:
-                        losses.append(exits.nats(model.classifiers(n, h), y).sum())
-                    if name == "top_k" and visit.guess is not None:
-                        counts += confusion(visit)
-                    if name == "causal" and visit.guess is not None:
-                        ran.append(visit.ran.float().mean())
-            sums += torch.stack(losses).cpu()
-        loss[name] = (sums / targets.numel()).tolist()
+                nats, compared = score(model, batch.to(device), ROUTES[name])
+            sums, counts[name] = sums + nats.double().cpu(), counts[name] + compared
+        loss[name] = (sums / tokens).tolist()
     found = {"loss": loss}
-    if ran:
-        found |= {"imitation": report(counts), "causal_share": float(torch.stack(ran).mean())}
+    if "causal" in counts:      # under the causal rule, what is guessed is what runs
+        yes, _, _, no = counts["causal"].tolist()
+        found |= {"imitation": report(counts["top_k"]), "causal_share": yes / (yes + no)}
     return found
-
-
-def measure_depth(model, windows, options, context):
-    """How deep every token of the windows goes when the model decides causally: arrays for depth.npz."""
-    model.eval()
-    device, rule, named = model.wte.weight.device, exits.full_depth, "full depth"
-    if options.model.exits == "all":
-        rule, named = exits.confidence([options.tau] * options.model.n_layer), f"confidence > {options.tau:g}"
-    if options.model.routed != "none":
-        named += ", causal routing"
-    ids, targets = windows
-    parts = []
-    for x, y in pieces(windows, options):
-        x, y = x.to(device), y.to(device)
-        with context:
-            found = read(model, x, positions(x), None, rule, causal)
-        parts.append((exits.nats(found.logits, y), found.exit_at, found.visited, found.score))
-    nats, exit_at, visited, score = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
-    return {"ids": ids.numpy().astype(np.int32), "targets": targets.numpy().astype(np.int32),
-            "nats": nats, "exit_at": exit_at.astype(np.uint8), "visited": visited,
-            "score": score.astype(np.float32), "rule": np.array(named)}
 
 
 # ----------------------------------------------------------------------------- the script
 
 
-def prepared(name):
-    """The data set `name`: a folder under data/ (made now if it needs nothing from the user) or a path."""
-    folder = Path(name) if Path(name).is_dir() else run.HERE / "data" / name
-    if name in ("pysource", "shakespeare") and not is_prepared(folder):
-        print(f"preparing data/{name} ...", flush=True)
-        importlib.import_module(f"data.{name}.prepare").main([])
-    return folder, load_set(folder)
-
-
 def begin(options):
-    """-> (run folder, data, model, optimizer, step), new or, of a resumed run, as stored."""
-    source, data = prepared(options.data)
-    T = options.model.block_size
-    for split, tokens in (("train.bin", data.train), ("val.bin", data.val)):
-        if len(tokens) <= T:
-            raise UserError(f"{source / split} has {len(tokens)} tokens, but one window takes {T + 1}: "
-                            f"give more data or a smaller --block_size")
+    """-> (run folder, data, model, optimizer, step, last weights), new or, of a resumed run, as stored."""
+    source, data = run.dataset(options.data, options.translate)
     device = run.device_of(options.device)
     torch.manual_seed(options.seed)
-    model = GPT(options.model, data.meta["vocab_size"]).to(device)
+    model = run.build(options, data.meta["vocab_size"]).to(device)
     optimizer = optimizer_of(model, options)
-    step = 0
+    step, last = 0, {}
     if options.resume:
         folder = run.find(options.resume, options.out)
         for name in ("meta.json", "tokenizer.json"):
@@ -186,8 +135,9 @@ def begin(options):
         state = run.load(folder, device)
         run.fill(model, state["model"], folder)
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        step, last = state["step"], state["last"]
     else:
+        batches_of(data, options)       # complains before there is a folder
         folder = run.new_folder(options.out)
         stored = {"options": run.flat(options), **run.environment(device)}
         run.write_text(folder / "options.json", json.dumps(stored, indent=1) + "\n")
@@ -195,67 +145,71 @@ def begin(options):
         shutil.copy(source / "meta.json", folder / "meta.json")
     if options.compile:
         run.compile_blocks(model)
-    return folder, data, model, optimizer, step
+    return folder, data, model, optimizer, step, last
 
 
-def step_once(model, optimizer, tokens, options, t, context):
-    """Step t: gradients of the batch, piece by piece, then clip, check, update. -> (nats per exit, norm)."""
+def step_once(model, optimizer, training, options, t, context):
+    """Step t: gradients of the batch, piece by piece, then clip, check, update.
+    -> (nats per token of each exit, gradient norm, tokens)."""
     model.train()
     device = model.wte.weight.device
     torch.manual_seed(int(np.random.SeedSequence([options.seed, t]).generate_state(1)[0]))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(t, options)
-    ids, targets = (x.to(device) for x in batch_of(tokens, options, t))
-    sums = 0
-    for x, y in zip(ids.chunk(options.accumulate), targets.chunk(options.accumulate), strict=True):
+    batch, sums = training.step(options.seed, t), 0
+    for piece in batch.cut(options.accumulate):
         with context:
-            sums = sums + aligned(model, x, y, 1 / targets.numel(), options)
+            sums = sums + aligned(model, piece.to(device), 1 / batch.count, options)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip))
     if not math.isfinite(norm):
         raise FloatingPointError
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sums / targets.numel(), norm
+    return sums / batch.count, norm, batch.count
 
 
 @command
 def main(argv=None):
     options = run.read_options(argv)
-    folder, data, model, optimizer, start = begin(options)
+    folder, data, model, optimizer, start, last = begin(options)
     context = run.autocast(model.wte.weight.device, options.dtype)
-    windows = windows_of(data.val, options.eval_windows, options.model.block_size)
-    bytes_per_token = token_bytes(data.encoding)[windows[1].numpy()].mean()
+    training, validation = batches_of(data, options)
+    batches = validation.fixed(options.eval_windows)
+    per_token = bits_per_byte(batches, data.encoding)
     metrics, saved = run.Metrics(folder, start), start
-    tokens = options.batch * options.model.block_size
-    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {tokens:,} tokens a step, "
-          f"{model.wte.weight.device.type}", flush=True)
-    last = min(options.steps, options.stop_at or options.steps)
-    if last < start:
-        raise UserError(f"--stop_at {last} is behind: {folder} is at step {start}")
+    tokens = training.step(options.seed, 0).count
+    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{'about ' if options.translate else ''}{tokens:,} tokens a step, {model.wte.weight.device.type}",
+          flush=True)
+    end = min(options.steps, options.stop_at or options.steps)
+    if end < start:
+        raise UserError(f"--stop_at {end} is behind: {folder} is at step {start}")
     pace = 0.2 if sys.stderr.isatty() else 15       # seconds between two bars; a log file needs few
     bar = tqdm(total=options.steps, initial=start, unit="step", mininterval=pace)
     with run.Interrupt() as stop, bar:
-        began = time.perf_counter()
-        for t in range(start, last + 1):
+        began, tokens = time.perf_counter(), 0
+        for t in range(start, end + 1):
             if t % options.eval_every == 0 or t == options.steps:
-                found = evaluate(model, windows, options, context, stop)
+                found = evaluate(model, batches, options, context, stop)
                 if found:
-                    rule = list(found["loss"])[-1]
-                    found["bits_per_byte"] = found["loss"][rule][-1] / math.log(2) / bytes_per_token
+                    found["bits_per_byte"] = list(found["loss"].values())[-1][-1] * per_token
                     metrics.write("val", t, **found)
                     bar.write(describe(t, found))
-            if t % options.save_every == 0 or t == last or stop:
-                run.save(folder, t, model, optimizer)
+            if t % options.save_every == 0 or t == options.steps:
+                last = run.keep_last(last, t, model, options.average)
+            if t % options.save_every == 0 or t == end or stop:
+                run.save(folder, t, model, optimizer, last)
                 saved = t
-            if t == last or stop:
+            if t == end or stop:
                 break
             try:
-                nats, norm = step_once(model, optimizer, data.train, options, t, context)
+                nats, norm, count = step_once(model, optimizer, training, options, t, context)
             except FloatingPointError:
                 raise UserError(f"step {t}: the gradient is not finite, so the step was not taken. "
                                 f"{folder}/ckpt.pt holds step {saved}. Try a lower --lr or a longer --warmup"
                                 ) from None
-            speed = tokens * (t + 1 - start) / (time.perf_counter() - began)
+            tokens += count
+            speed = tokens / (time.perf_counter() - began)
             if (t + 1) % options.log_every == 0:
                 bar.set_postfix(loss=f"{nats[-1]:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
                 metrics.write("train", t + 1, loss=nats.tolist(), norm=norm, lr=learning_rate(t, options),
@@ -264,7 +218,13 @@ def main(argv=None):
     if stop or t < options.steps:
         print(f"stopped at step {t}, saved. Go on with: python train.py --resume {folder}")
         return
-    finish(folder, model, windows, options, context)
+    finish(folder, options)
+
+
+def bits_per_byte(batches, encoding):
+    """The factor from nats per token to bits per byte on the targets of these batches."""
+    targets = torch.cat([b.targets[b.targets >= 0] for b in batches]).numpy()
+    return len(targets) / math.log(2) / token_bytes(encoding)[targets].sum()
 
 
 def describe(t, found):
@@ -281,17 +241,19 @@ def describe(t, found):
     return text
 
 
-def finish(folder, model, windows, options, context):
-    """Measure depth on the validation text, let sample.py and plot.py show it, say where everything is."""
-    run.write_atomically(folder / "depth.npz",
-                         lambda f: np.savez_compressed(f, **measure_depth(model, windows, options, context)))
-    for script, more in (("sample.py", ["--device", options.device]), ("plot.py", [])):
+def finish(folder, options):
+    """Let the other scripts measure the run, sample from it and draw it; say where everything is."""
+    for script in ("evaluate.py", "sample.py", "plot.py"):
+        more = [] if script == "plot.py" else ["--device", options.device]
         print(f"\n$ python {script} --run {folder}", flush=True)
         subprocess.run([sys.executable, run.HERE / script, "--run", folder, *more], check=False)
     files = sorted(p.name for p in folder.iterdir())
+    wish = "--prompt \"import\" --temperature 0.5"
+    if options.translate:
+        wish = f"--prompt \"...\"      ({options.translate})"
     print(f"\nEverything is in {folder}: {', '.join(files)}\n"
-          f"Next: python sample.py --run {folder} --prompt \"import\" --temperature 0.5\n"
-          f"      python plot.py --run {folder} --window 3 --first 100\n"
+          f"Next: python sample.py --run {folder} {wish}\n"
+          f"      python plot.py --run {folder} --window 3 --first 0\n"
           f"      python train.py --help")
 
 

@@ -10,6 +10,7 @@ from conftest import texts, tiny
 
 import decode
 import exits
+from data.batches import Batch
 from model import Tokens, positions
 from routing import causal, top_k
 
@@ -212,8 +213,8 @@ def test_gradients_exit_by_exit_are_those_of_the_sum(model, monkeypatch):
     from train import aligned
     monkeypatch.setattr(exits, "CHUNK", 5 * 23)
     ids, targets = texts(1), texts(2)
-    options = SimpleNamespace(exit_weights="sqrt(n)", imitation=0.3)
-    sums = aligned(model, ids, targets, 1 / ids.numel(), options)
+    options = SimpleNamespace(exit_weights="sqrt(n)", imitation=0.3, label_smoothing=0.0)
+    sums = aligned(model, Batch(ids, targets, positions(ids)), 1 / ids.numel(), options)
     ours = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     loss, w = 0, [n**0.5 for n in (1, 2, 3, 4)]

@@ -76,7 +76,7 @@ def test_4_the_gate_of_a_token_is_its_own():
 def test_5_each_row_selects_and_learns_by_itself():
     """5: targets or top-k taken in the flattened batch: row 0 scores highest, row 1 still selects k."""
     score = torch.stack([torch.arange(8.0) + 100, -torch.arange(8.0)])
-    idx = top_k(score, score, None, 3)
+    idx = top_k(score, score, None, 3 / 8)
     assert idx.tolist() == [[5, 6, 7], [0, 1, 2]]
     ran = torch.zeros(2, 8, dtype=torch.bool).scatter(1, idx, True)
     sure = torch.where(ran, 50.0, -50.0)
@@ -86,7 +86,7 @@ def test_5_each_row_selects_and_learns_by_itself():
 def test_of_equal_scores_the_earlier_token_goes_first():
     """A selection that differs between machines and batch sizes: torch.topk promises no order."""
     score = torch.zeros(2, 600)
-    assert top_k(score, score, None, 75).tolist() == [list(range(75))] * 2
+    assert top_k(score, score, None, 0.125).tolist() == [list(range(75))] * 2
 
 
 @pytest.mark.parametrize("T", range(1, 13))
@@ -201,8 +201,9 @@ def test_routing_leaves_out_who_is_not_live():
     """A token that has exited or is padding taking one of the k places, or sitting in front of live ones."""
     score = torch.tensor([[9.0, 1.0, 8.0, 2.0, 7.0]])
     live = torch.tensor([[False, True, True, True, False]])
-    assert top_k(score, score, live, 2).tolist() == [[2, 3]]
-    assert top_k(score, score, live, 4).tolist() == [[1, 2, 3, 5]]
+    assert top_k(score, score, live, 2 / 3).tolist() == [[2, 3, 5]]      # 2 of the 3, nobody
+    assert top_k(score, score, live, 0.8).tolist() == [[2, 3, 5, 5]]
+    assert top_k(score, score, live, 1.0).tolist() == [[1, 2, 3, 5, 5]]
     assert causal(score, score - 1.5, live, 1).tolist() == [[2, 3]]
     assert causal(score, -score, live, 1).shape == (1, 0)
 

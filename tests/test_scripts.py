@@ -31,8 +31,8 @@ def test_the_default_run_ends_with_a_sample_and_figures(finished):
     """`finish` calling scripts that are not there, or failing without anybody noticing."""
     files = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
     assert files == {"options.json", "tokenizer.json", "meta.json", "metrics.jsonl", "ckpt.pt", "depth.npz",
-                     "sample.txt", "sample.npz", "figures/map.png", "figures/depth.png", "figures/router.png",
-                     "figures/loss.png"}
+                     "sample.txt", "sample.npz", "evaluation.json", "figures/map.png", "figures/depth.png",
+                     "figures/router.png", "figures/loss.png"}
     for picture in finished.glob("figures/*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
     depth = np.load(finished / "depth.npz")
@@ -94,7 +94,7 @@ def test_a_token_has_the_colour_of_the_reading_that_wrote_it(capsys):
     """Depths shifted by one: the first new token is written by the reading of the last prompt token."""
     visited = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0]], dtype=bool)
     row = Generated([0, 1, 2, 3], 2, np.array([3, 1, 2]), visited)
-    sample.show([row], LETTERS, 3, "t", color=True)
+    sample.show([row], None, LETTERS, 3, "t", color=True)
     painted = sample.paint("abcd", [None, None, 1, 2], 3)
     said = capsys.readouterr().out
     assert said.startswith(painted + "\n")
@@ -105,7 +105,7 @@ def test_the_map_shows_what_ran_what_went_around_and_what_was_copied():
     """A map that is off by a block or a token, and a pretty picture all the same."""
     score = np.full((1, 3, 3), np.nan)
     score[..., 1] = 0.5                                         # block 2 is routed
-    depth = {"ids": np.array([[0, 1, 2]]), "score": score,
+    depth = {"ids": np.array([[0, 1, 2]]), "targets": np.array([[1, 2, 3]]), "score": score,
              "visited": np.array([[[1, 0, 1], [1, 0, 0], [1, 1, 0]]], dtype=bool)}
     depth["exit_at"], depth["rule"] = np.array([[3, 1, 2]]), np.array("a rule")
     fig = plot.draw_map(depth, LETTERS, plot.Options())
@@ -121,7 +121,8 @@ def test_figures_when_nobody_reaches_a_routed_block():
     """The smallest score of no scores at all."""
     score = np.full((1, 3, 3), np.nan)
     score[..., 1] = 0.5
-    fig = plot.draw_router({"exit_at": np.ones((1, 3)), "visited": np.zeros((1, 3, 3), bool), "score": score})
+    fig = plot.draw_router({"exit_at": np.ones((1, 3)), "visited": np.zeros((1, 3, 3), bool), "score": score,
+                            "targets": np.zeros((1, 3))})
     assert "nobody came" in fig.axes[0].get_title(loc="left")
 
 

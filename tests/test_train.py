@@ -14,7 +14,9 @@ from conftest import ROOT, TINY
 
 import run
 import train as script
+from data.batches import Batch, Windows
 from data.common import UserError
+from model import positions
 
 
 def weights(folder):
@@ -66,8 +68,8 @@ def test_the_resume_test_can_fail(train, tmp_path, monkeypatch, fault):
     if fault == "optimiser":
         monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda *a: None)
     if fault == "data":
-        honest = script.batch_of
-        monkeypatch.setattr(script, "batch_of", lambda tokens, options, t: honest(tokens, options, t - 3))
+        honest = Windows.step
+        monkeypatch.setattr(Windows, "step", lambda self, seed, t: honest(self, seed, t - 3))
     if fault == "dropout":
         monkeypatch.setattr(torch, "manual_seed", lambda s: None)
     script.main(["--resume", str(part)])
@@ -137,31 +139,32 @@ def test_only_matrices_decay():
 def test_batches_are_windows_and_targets_are_next_tokens():
     """Inputs and targets out of step, the last window unreachable, windows that differ between runs."""
     tokens = np.arange(100, dtype=np.uint16)
-    options = run.read_options(["--block_size", "8", "--batch", "64"])
-    ids, targets = script.batch_of(tokens, options, 3)
-    assert torch.equal(ids + 1, targets) and ids.shape == (64, 8)
-    assert torch.equal(ids, script.batch_of(tokens, options, 3)[0])
-    assert len({tuple(script.batch_of(tokens, options, t)[0][:, 0].tolist()) for t in range(20)}) == 20
-    seen = torch.cat([script.batch_of(tokens, options, t)[1].flatten() for t in range(30)])
+    data = Windows(tokens, 8, 64)
+    batch = data.step(0, 3)
+    assert torch.equal(batch.ids + 1, batch.targets) and batch.ids.shape == (64, 8) and batch.live is None
+    assert torch.equal(batch.ids, data.step(0, 3).ids) and not torch.equal(batch.ids, data.step(1, 3).ids)
+    assert len({tuple(data.step(0, t).ids[:, 0].tolist()) for t in range(20)}) == 20
+    seen = torch.cat([data.step(0, t).targets.flatten() for t in range(30)])
     assert seen.max() == 99 and seen.min() == 1
-    windows = script.windows_of(tokens, 5, 8)
-    assert windows[0][:, 0].tolist() == [0, 22, 45, 68, 91] and windows[1][-1, -1] == 99
-    assert len(script.windows_of(tokens, 500, 8)[0]) == 12
+    fixed = Windows(tokens, 8, 2).fixed(5)
+    assert [len(b.ids) for b in fixed] == [2, 2, 1]
+    assert torch.cat([b.ids[:, 0] for b in fixed]).tolist() == [0, 22, 45, 68, 91]
+    assert fixed[-1].targets[-1, -1] == 99 and sum(len(b.ids) for b in data.fixed(500)) == 12
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(train, monkeypatch, capsys):
     """A run saved at 4, nan at 5, running for ever; or a checkpoint full of nan."""
     honest = script.aligned
 
-    def broken(model, ids, targets, scale, options):
-        sums = honest(model, ids, targets, scale, options)
+    def broken(model, batch, scale, options):
+        sums = honest(model, batch, scale, options)
         if model.calls == 6:
             model.wte.weight.grad[0, 0] = float("nan")
         model.calls += 1
         return sums
     steps, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: steps.append(1) or step(self, *a))
-    monkeypatch.setattr(script.GPT, "calls", 0, raising=False)
+    monkeypatch.setattr(run.GPT, "calls", 0, raising=False)
     monkeypatch.setattr(script, "aligned", broken)
     with pytest.raises(SystemExit) as stop:
         train()
@@ -351,10 +354,10 @@ def test_backward_keeps_the_types_of_forward(dataset):
     """Backward inside autocast: gradients of fp32 routers rounded to bfloat16."""
     torch.manual_seed(0)
     options = run.read_options(TINY)
-    model = script.GPT(options.model, 300)
+    model = run.build(options, 300)
     ids = torch.randint(0, 300, (2, 4, 32))
     with run.autocast(torch.device("cpu"), "bfloat16"):
-        script.aligned(model, ids[0], ids[1], 1 / 128, options)
+        script.aligned(model, Batch(*ids, positions(ids[0])), 1 / 128, options)
     g = model.blocks[1].router.weight.grad
     assert not torch.equal(g, g.bfloat16().float())
 
