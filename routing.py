@@ -94,6 +94,8 @@ class Routed(nn.Module):
 
     def forward(self, x, at, past, route):
         """x (B,T,C) -> (x, Visit). A token that does not run leaves nothing behind in `past`."""
+        if not at.anyone:
+            return x, Visit(at.live)
         B, T, C = x.shape                                                   # k tokens kept
         score, guess = self.scores(x)
         idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody

@@ -94,18 +94,22 @@ class Reference:
         both = self.linear(self.name(n) + ".attn.key_value", self.norm(self.name(n) + ".ln1", x))
         return self.rotate(both[: len(x)], position), both[len(x) :]
 
-    def update(self, n, x, position, memory):
-        """f(x) = a + m of block n, a = Attn(LN1(x)), m = MLP(LN2(x + a)); memory: the (key, value) pairs."""
-        name = self.name(n)
-        query = self.rotate(self.linear(name + ".attn.query", self.norm(name + ".ln1", x)), position)
-        size = len(x) // self.n_head
-        heads = np.zeros(len(x))
+    def attend(self, query, memory):
+        """softmax(q k / sqrt(head size)) v in each head; memory: the (key, value) pairs that are seen."""
+        size = len(query) // self.n_head
+        heads = np.zeros(len(query))
         for head in range(self.n_head):
             s = slice(head * size, (head + 1) * size)
             p = softmax([query[s] @ key[s] / math.sqrt(size) for key, _ in memory])
             for j, (_, value) in enumerate(memory):
                 heads[s] += p[j] * value[s]
-        a = self.linear(name + ".attn.proj", heads)
+        return heads
+
+    def update(self, n, x, position, memory):
+        """f(x) = a + m of block n, a = Attn(LN1(x)), m = MLP(LN2(x + a)); memory: the (key, value) pairs."""
+        name = self.name(n)
+        query = self.rotate(self.linear(name + ".attn.query", self.norm(name + ".ln1", x)), position)
+        a = self.linear(name + ".attn.proj", self.attend(query, memory))
         hidden = gelu(self.linear(name + ".mlp.fc", self.norm(name + ".ln2", x + a)))
         m = self.linear(name + ".mlp.proj", hidden)
         return a + m

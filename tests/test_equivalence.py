@@ -53,10 +53,10 @@ def close(a, b):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-9, atol=1e-9)
 
 
-def by_steps(model, ids, rule, chunks=None):
+def by_steps(model, ids, rule, chunks=None, source=None):
     """Read ids (B,T) through a cache, `chunks` tokens at a time -> (Read, cache)."""
     B, T = ids.shape
-    past, parts, t = decode.empty_cache(model, B, T), [], 0
+    past, parts, t = decode.empty_cache(model, B, T, source), [], 0
     for size in chunks or [1] * T:
         part = slice(t, t + size)
         parts.append(decode.read(model, ids[:, part], positions(ids)[:, part], past, rule, causal))
