@@ -20,7 +20,7 @@ import torch
 import cost
 import exits
 import run
-from data.batches import Buckets, Windows
+from data.batches import batches_of, open_data
 from data.common import UserError, command, token_bytes
 from data.parallel import direction, read_lines, sentence, sentence_ids
 from decode import read, score, translate
@@ -44,16 +44,6 @@ class Options(run.Halting):
 
 
 # ----------------------------------------------------------------------------- teacher forcing
-
-
-def held_out(data, trained):
-    """The batches that training was validated on; of sentence pairs all."""
-    T = trained.model.block_size
-    if not trained.translate:
-        return Windows(data.val, T, trained.batch // trained.accumulate).fixed(trained.eval_windows)
-    source, target = direction(data, trained.translate)
-    val = data.splits["val"]
-    return Buckets(val[source], val[target], data.encoding.eot_token, trained.batch_tokens, T).fixed(2**31)
 
 
 def losses(model, batches, encoding, context):
@@ -81,7 +71,9 @@ def depths(model, batches, rule, named, context):
                   "visited": found.visited, "score": found.score.float()}
         parts.append({k: widen(v.cpu().numpy(), T, -1 if k == "targets" else 0) for k, v in arrays.items()})
     named += ", causal routing" if model.config.routed != "none" else ""
-    return {**{k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, "rule": np.array(named)}
+    routed = [n in model.config.routed_blocks() for n in range(model.config.n_layer)]
+    return {**{k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, "rule": np.array(named),
+            "routed": np.array(routed)}
 
 
 def widen(array, T, value):
@@ -180,11 +172,12 @@ def main(argv=None):
     if o.beam < 1 or o.batch < 1:
         raise UserError("--beam and --batch must be at least 1")
     folder, trained, device, model = run.open_run(o.run, o.out, o.device)
-    _, data = run.dataset(o.data or trained.data, trained.translate)
+    _, data = open_data(o.data or trained.data, trained.translate)
     if data.meta["vocab_size"] != model.vocab_size:
         raise UserError(f"{folder} was not trained on this data: its vocabulary is {model.vocab_size}")
     wanted = list(texts_to_translate(data, trained, o))
-    context, batches = run.autocast(device, trained.dtype), held_out(data, trained)
+    context = run.autocast(device, trained.dtype)
+    batches = batches_of(data, "val", trained, trained.accumulate).fixed(trained.eval_windows)
     rule, named = run.halting_rule(o, trained)
     found = {"options": json.loads(json.dumps(vars(o), default=str)), **run.environment(device),
              "val": losses(model, batches, data.encoding, context), "translated": {}}

@@ -8,7 +8,6 @@
 """
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import pickle
@@ -28,8 +27,7 @@ import torch
 import tyro
 
 import exits
-from data.common import UserError, is_prepared, load_set
-from data.parallel import direction, load_pairs
+from data.common import UserError
 from model import GPT, Seq2Seq, Seq2SeqConfig
 
 HERE = Path(__file__).resolve().parent
@@ -394,25 +392,6 @@ def load(folder, device):
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError,
             zipfile.BadZipFile) as e:
         raise UserError(f"{path} is damaged ({str(e)[:150]}); start the run again or take another") from None
-
-
-def dataset(name, translate):
-    """The data set `name`, a folder under data/ (made now if it needs nothing from the user) or a path
-    -> (folder, DataSet, or PairSet to `translate`). Raises UserError if it is of the other kind."""
-    folder = Path(name) if Path(name).is_dir() else HERE / "data" / name
-    if name in ("pysource", "shakespeare", "multi30k", "iwslt14") and not is_prepared(folder):
-        print(f"preparing data/{name} ...", flush=True)
-        importlib.import_module(f"data.{name}.prepare").main([])
-    pairs = is_prepared(folder) and "languages" in json.loads((folder / "meta.json").read_text("utf-8"))
-    if pairs and not translate:
-        raise UserError(f"{folder} holds sentence pairs: say what to --translate, such as "
-                        + "-".join(reversed(load_pairs(folder).meta["languages"])))
-    if translate and not pairs and is_prepared(folder):
-        raise UserError(f"{folder} is one text, there is nothing to --translate; use a set of sentence pairs")
-    data = load_pairs(folder) if translate else load_set(folder)
-    if translate:
-        direction(data, translate)
-    return folder, data
 
 
 def build(options, vocab_size):

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 import exits
 import run
-from data.batches import Buckets, Windows
+from data.batches import batches_of, open_data
 from data.common import UserError, command, token_bytes
-from data.parallel import direction
 from decode import score
 from routing import ROUTES, imitation_loss, report
 
@@ -49,25 +48,7 @@ def aligned(model, batch, scale, options):
     return torch.stack(sums)
 
 
-# ----------------------------------------------------------------------------- batches and schedule
-
-
-def batches_of(data, options):
-    """-> what to train on and what to validate on, each with step(seed, t) and fixed(count)."""
-    found, T = [], options.model.block_size
-    for split, share in (("train", 1), ("val", options.accumulate)):
-        if options.translate:
-            pairs = [data.splits[split][language] for language in direction(data, options.translate)]
-            found.append(Buckets(*pairs, data.encoding.eot_token, options.batch_tokens // share, T))
-            if found[-1].left_out:
-                print(f"left out of {split}: {found[-1].left_out} pairs over {T} tokens (--block_size)")
-            continue
-        tokens = getattr(data, split)
-        if len(tokens) <= T:
-            raise UserError(f"{split}.bin has {len(tokens)} tokens, but one window takes {T + 1}: give more "
-                            f"data or a smaller --block_size")
-        found.append(Windows(tokens, T, options.batch // share))
-    return found
+# ----------------------------------------------------------------------------- schedule and optimiser
 
 
 def learning_rate(t, options):
@@ -120,8 +101,10 @@ def evaluate(model, batches, options, context, stop=False):
 
 
 def begin(options):
-    """-> (run folder, data, model, optimizer, step, last weights), new or, of a resumed run, as stored."""
-    source, data = run.dataset(options.data, options.translate)
+    """-> (run folder, encoding, (what to train on, to validate on), model, optimizer, step, last weights),
+    new or, of a resumed run, as stored."""
+    source, data = open_data(options.data, options.translate)
+    batches = batches_of(data, "train", options), batches_of(data, "val", options, options.accumulate)
     device = run.device_of(options.device)
     torch.manual_seed(options.seed)
     model = run.build(options, data.meta["vocab_size"]).to(device)
@@ -137,7 +120,6 @@ def begin(options):
         optimizer.load_state_dict(state["optimizer"])
         step, last = state["step"], state["last"]
     else:
-        batches_of(data, options)       # complains before there is a folder
         folder = run.new_folder(options.out)
         stored = {"options": run.flat(options), **run.environment(device)}
         run.write_text(folder / "options.json", json.dumps(stored, indent=1) + "\n")
@@ -145,7 +127,7 @@ def begin(options):
         shutil.copy(source / "meta.json", folder / "meta.json")
     if options.compile:
         run.compile_blocks(model)
-    return folder, data, model, optimizer, step, last
+    return folder, data.encoding, batches, model, optimizer, step, last
 
 
 def step_once(model, optimizer, training, options, t, context):
@@ -171,13 +153,12 @@ def step_once(model, optimizer, training, options, t, context):
 @command
 def main(argv=None):
     options = run.read_options(argv)
-    folder, data, model, optimizer, start, last = begin(options)
+    folder, encoding, (training, validation), model, optimizer, start, last = begin(options)
     context = run.autocast(model.wte.weight.device, options.dtype)
-    training, validation = batches_of(data, options)
     batches = validation.fixed(options.eval_windows)
-    per_token = bits_per_byte(batches, data.encoding)
+    per_token = bits_per_byte(batches, encoding)
     metrics, saved = run.Metrics(folder, start), start
-    tokens = training.step(options.seed, 0).count
+    tokens = training.step(options.seed, start).count
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{'about ' if options.translate else ''}{tokens:,} tokens a step, {model.wte.weight.device.type}",
           flush=True)

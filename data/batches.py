@@ -3,13 +3,19 @@
 A data set is offered as windows of a long text (`Windows`) or as buckets of sentence pairs (`Buckets`), both
 with two methods: step(seed, t) -> Batch, and fixed(count) -> the same batches for every run.
 """
+import importlib
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data.common import UserError
+from data.common import UserError, is_prepared, load_set
+from data.parallel import direction, load_pairs
 from routing import FAR
+
+HERE = Path(__file__).resolve().parent
 
 
 class Batch(NamedTuple):
@@ -105,6 +111,43 @@ class Buckets:
         ordered = self.kept[np.argsort(self.length, kind="stable")]
         chosen = np.linspace(0, len(self.cuts) - 1, min(count, len(self.cuts))).round().astype(int)
         return [self.at(ordered[self.cuts[n]]) for n in chosen]
+
+
+def open_data(name, translate):
+    """The data set `name`, a folder beside this file (made now if it needs nothing from the user) or a path
+    -> (folder, DataSet, or PairSet to `translate`). Raises UserError if it is of the other kind."""
+    folder = Path(name) if Path(name).is_dir() else HERE / name
+    if name in ("pysource", "shakespeare", "multi30k", "iwslt14") and not is_prepared(folder):
+        print(f"preparing data/{name} ...", flush=True)
+        importlib.import_module(f"data.{name}.prepare").main([])
+    languages = []
+    if is_prepared(folder):
+        languages = json.loads((folder / "meta.json").read_text("utf-8")).get("languages", [])
+    if languages and not translate:
+        a, b = languages
+        raise UserError(f"{folder} holds sentence pairs: say what to --translate, {a}-{b} or {b}-{a}")
+    if translate and is_prepared(folder) and not languages:
+        raise UserError(f"{folder} is a text, there is nothing to --translate; use a set of sentence pairs")
+    data = load_pairs(folder) if translate else load_set(folder)
+    if translate:
+        direction(data, translate)
+    return folder, data
+
+
+def batches_of(data, split, options, share=1):
+    """Windows or Buckets of a split, in batches of 1 / share of the options' size."""
+    T = options.model.block_size
+    if options.translate:
+        pairs = [data.splits[split][language] for language in direction(data, options.translate)]
+        found = Buckets(*pairs, data.encoding.eot_token, options.batch_tokens // share, T)
+        if found.left_out:
+            print(f"left out of {split}: {found.left_out} pairs over {T} tokens (--block_size)")
+        return found
+    tokens = getattr(data, split)
+    if len(tokens) <= T:
+        raise UserError(f"{split}.bin has {len(tokens)} tokens, but one window takes {T + 1}: give more data "
+                        f"or a smaller --block_size")
+    return Windows(tokens, T, options.batch // share)
 
 
 def fill(rows, lengths, value):

@@ -204,17 +204,19 @@ def split_by_document(named_texts, val_share=0.05):
     return {"train": texts[n_val:], "val": texts[:n_val]}
 
 
-def download(urls, path, sha256):
+def download(urls, path, checksum):
     """Fetch path from the first of urls that answers with the expected content; nothing to do if it is there.
 
-    UserError when all fail, saying what to do by hand; path then does not exist or is unchanged."""
-    path = Path(path)
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+    checksum: a sha256, or "md5:..." where nothing better is published. UserError when all fail, saying what
+    to do by hand; path then does not exist or is unchanged."""
+    path, kind = Path(path), "md5" if checksum.startswith("md5:") else "sha256"
+    checksum = checksum.removeprefix("md5:")
+    if path.is_file() and hashlib.new(kind, path.read_bytes()).hexdigest() == checksum:
         return
     part, failures = path.with_name(path.name + ".part"), []
     for url in urls:
         try:
-            digest = hashlib.sha256()
+            digest = hashlib.new(kind)
             with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
                 size = int(response.headers.get("Content-Length") or 0)
                 with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
@@ -222,14 +224,14 @@ def download(urls, path, sha256):
                         file.write(chunk)
                         digest.update(chunk)
                         bar.update(len(chunk))
-            if digest.hexdigest() != sha256:
-                raise ValueError(f"wrong content, sha256 {digest.hexdigest()}")
+            if digest.hexdigest() != checksum:
+                raise ValueError(f"wrong content, {kind} {digest.hexdigest()}")
             return os.replace(part, path)
         except (OSError, http.client.HTTPException, ValueError) as error:
             failures.append(f"  {url}\n    {error}")
         finally:
             part.unlink(missing_ok=True)
-    raise UserError(f"cannot download {path.name} (sha256 {sha256}):\n" + "\n".join(failures) + "\n"
+    raise UserError(f"cannot download {path.name} ({kind} {checksum}):\n" + "\n".join(failures) + "\n"
                     f"Fetch it by hand and put it at {path}, or name it with --source FILE")
 
 
