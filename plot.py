@@ -70,7 +70,7 @@ def draw_map(depth, encoding, options):
                   edgecolors="#d5d9e0", linewidth=0.5)
     ax.step(np.arange(len(left) + 1), np.append(left, left[-1]), where="post", color="#c0392b", lw=2)
     ax.set_yticks(np.arange(L) + 0.5, [f"{n}{' routed' if is_routed else ''}" for n, is_routed in
-                                       enumerate(routed_blocks(depth), 1)])
+                                       enumerate(depth["routed"], 1)])
     words = [shown(encoding, i) for i in depth["ids"][window, part][:len(left)]]
     ax.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90, fontfamily="monospace", fontsize=10)
     ax.tick_params(length=0)
@@ -81,11 +81,6 @@ def draw_map(depth, encoding, options):
     ax.legend(handles, names, ncols=4, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), fontsize=10)
     ax.set_title(f"blocks each token runs ({depth['rule']})")
     return fig
-
-
-def routed_blocks(depth):
-    """(L,) bool: the blocks that have a router."""
-    return ~np.isnan(depth["score"]).all((0, 1))
 
 
 def draw_depth(depth):
@@ -107,7 +102,7 @@ def draw_depth(depth):
 
 def draw_router(depth):
     """Histogram of r by routed block (log counts), split by what the causal rule did."""
-    routed = np.flatnonzero(routed_blocks(depth))
+    routed = np.flatnonzero(depth["routed"])
     fig, axes = plt.subplots(1, len(routed), figsize=(max(4, 3 * len(routed)), 3), sharey=True, squeeze=False)
     for ax, n in zip(axes[0], routed, strict=True):
         alive = (depth["exit_at"] > n) & (depth["targets"] >= 0)
@@ -160,7 +155,7 @@ def main(argv=None):
             depth = dict(archive)
         figures["map"] = draw_map(depth, load_tokenizer(folder / "tokenizer.json"), options)
         figures["depth"] = draw_depth(depth)
-        if routed_blocks(depth).any():
+        if depth["routed"].any():
             figures["router"] = draw_router(depth)
     else:
         print(f"{folder} has no depth.npz yet (evaluate.py writes it): drawing the loss alone")

@@ -16,12 +16,12 @@ MAY_IMPORT = {
     "exits": set(), "routing": set(), "data/common": set(),
     "model": {"exits", "routing"},
     "decode": {"model", "exits", "routing"}, "cost": set(),
-    "data/parallel": {"data.common"}, "data/batches": {"data.common", "routing"},
-    "run": {"data.common", "data.parallel", "exits", "model"},
-    "train": {"run", "data.common", "data.batches", "data.parallel", "decode", "exits", "routing"},
+    "data/parallel": {"data.common"}, "data/batches": {"data.common", "data.parallel", "routing"},
+    "run": {"data.common", "exits", "model"},
+    "train": {"run", "data.common", "data.batches", "decode", "exits", "routing"},
     "sample": {"run", "data.common", "data.parallel", "decode"},
     "evaluate": {"run", "data.common", "data.batches", "data.parallel", "decode", "exits", "routing", "cost"},
-    "plot": {"run", "data.common"},
+    "plot": {"run", "data.common"}, "reproduce": {"run", "data.common"},
     "bench": {"run", "data.common", "model", "exits", "routing", "decode", "cost"},
 }
 OURS = {"model", "exits", "routing", "decode", "cost", "run", "train", "sample", "evaluate", "plot", "bench",
@@ -36,14 +36,14 @@ def test_ruff():
 
 
 def test_line_budget(capsys):
-    """Growth is a decision: about 1,400 lines each for the core and the instruments."""
+    """Growth is a decision; see LOG.md for the last one."""
     with capsys.disabled():
         for title, names in (("core", CORE), ("instruments", INSTRUMENTS)):
             lines = {n: len((ROOT / f"{n}.py").read_text("utf-8").splitlines()) for n in names
                      if (ROOT / f"{n}.py").exists()}
             each = ", ".join(f"{n} {k}" for n, k in lines.items())
             print(f"\n{title} {sum(lines.values())} lines: {each}")
-            assert sum(lines.values()) <= 1500
+            assert sum(lines.values()) <= 1900
 
 
 def test_no_function_is_long():

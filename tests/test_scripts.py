@@ -86,7 +86,7 @@ def test_colours_follow_the_depth(finished, capsys, tmp_path):
     assert painted == "a\033[30;48;5;153m b\033[0m\n\n\n\033[30;48;5;203m  c\033[0m"
 
 
-LETTERS = tiktoken.Encoding("letters", pat_str=r"\w", special_tokens={},
+LETTERS = tiktoken.Encoding("letters", pat_str=r"\w", special_tokens={"<|endoftext|>": 4},
                             mergeable_ranks={bytes([97 + i]): i for i in range(4)})
 
 
@@ -107,7 +107,7 @@ def test_the_map_shows_what_ran_what_went_around_and_what_was_copied():
     score[..., 1] = 0.5                                         # block 2 is routed
     depth = {"ids": np.array([[0, 1, 2]]), "targets": np.array([[1, 2, 3]]), "score": score,
              "visited": np.array([[[1, 0, 1], [1, 0, 0], [1, 1, 0]]], dtype=bool)}
-    depth["exit_at"], depth["rule"] = np.array([[3, 1, 2]]), np.array("a rule")
+    depth |= {"exit_at": np.array([[3, 1, 2]]), "rule": np.array("a rule"), "routed": [False, True, False]}
     fig = plot.draw_map(depth, LETTERS, plot.Options())
     ax = fig.axes[0]
     ran, around, copied = 2, 1, 0
@@ -122,7 +122,7 @@ def test_figures_when_nobody_reaches_a_routed_block():
     score = np.full((1, 3, 3), np.nan)
     score[..., 1] = 0.5
     fig = plot.draw_router({"exit_at": np.ones((1, 3)), "visited": np.zeros((1, 3, 3), bool), "score": score,
-                            "targets": np.zeros((1, 3))})
+                            "targets": np.zeros((1, 3)), "routed": [False, True, False]})
     assert "nobody came" in fig.axes[0].get_title(loc="left")
 
 

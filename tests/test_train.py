@@ -69,7 +69,7 @@ def test_the_resume_test_can_fail(train, tmp_path, monkeypatch, fault):
         monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda *a: None)
     if fault == "data":
         honest = Windows.step
-        monkeypatch.setattr(Windows, "step", lambda self, seed, t: honest(self, seed, t - 3))
+        monkeypatch.setattr(Windows, "step", lambda self, seed, t: honest(self, seed, abs(t - 3)))
     if fault == "dropout":
         monkeypatch.setattr(torch, "manual_seed", lambda s: None)
     script.main(["--resume", str(part)])
@@ -180,7 +180,7 @@ def test_nan_router_scores_stop_training(train, monkeypatch, capsys):
     def poisoned(options):
         found = honest(options)
         with torch.no_grad():
-            found[2].blocks[1].router.weight[0, 0] = float("nan")
+            found[3].blocks[1].router.weight[0, 0] = float("nan")
         return found
     monkeypatch.setattr(script, "begin", poisoned)
     with pytest.raises(SystemExit):
