@@ -45,9 +45,7 @@ def router_flops(C, hidden):
 def copied(config, visited):
     """visited (T,L) -> (T,L) bool, the keys and values that some later token needs of a copied state."""
     dense = np.array([n not in config.routed_blocks() for n in range(config.n_layer)])
-    deep_later = np.zeros_like(visited)
-    deep_later[:-1] = np.logical_or.accumulate(visited[::-1])[::-1][1:]
-    return dense & ~visited & deep_later
+    return dense & ~visited & np.logical_or.accumulate(visited[::-1])[::-1]
 
 
 def decoding(config, vocab_size, visited, exit_at, confident=False, S=0, copies="paper", itemsize=4):

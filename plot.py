@@ -4,6 +4,7 @@
     figures/depth.png     how many tokens left at each exit, and how many blocks tokens ran
     figures/router.png    the router's weights, by block
     figures/loss.png      loss of every exit over training, top-k and causal
+    figures/text.png      the last sample or translation, coloured by the blocks that wrote each token
 """
 import re
 from dataclasses import dataclass
@@ -120,6 +121,47 @@ def draw_router(depth):
     return fig
 
 
+def laid_out(sample, encoding, columns):
+    """sample.npz -> [(row, column, string, blocks run or None)]; translations stand below their sources."""
+    found, row = [], 0
+    for n, prompt in enumerate(sample["prompt"].tolist()):
+        mine, column = sample["row"] == n, 0
+        depth = [None] * prompt + sample["visited"][mine][prompt - 1:].sum(1).tolist()
+        ids = [*sample["ids"][mine][:prompt], *sample["written"][mine][prompt - 1:]]
+        tokens = list(zip(ids, depth, strict=True))
+        if len(sample["lines"]):
+            found.append((row, 0, str(sample["lines"][n]), None))
+            row, tokens = row + 1, tokens[prompt:]
+        for i, depth in tokens:
+            text = " </s>" if i == encoding.eot_token else \
+                encoding.decode_single_token_bytes(int(i)).decode("utf-8", "replace").replace("\t", "    ")
+            for k, part in enumerate(text.split("\n")):
+                if k or column + len(part) > columns:
+                    row, column = row + 1, 0
+                found.append((row, column, part, depth))
+                column += len(part)
+        row += 2
+    return found
+
+
+def draw_text(sample, encoding, columns=96):
+    """The texts of sample.npz, every token on the colour of the number of blocks that ran to write it."""
+    L, texts = sample["visited"].shape[1], laid_out(sample, encoding, columns)
+    last, width = texts[-1][0] + 2, max(column + len(text) for _, column, text, _ in texts)
+    texts += [(last, 12 + 3 * n, f" {n} ", n) for n in range(1, L + 1)]
+    width = max(width, 15 + 3 * L)
+    fig, ax = plt.subplots(figsize=(width * 0.105, (last + 1) * 0.27))
+    ax.set(xlim=(0, width), ylim=(last + 1, -0.7))
+    ax.axis("off")
+    ax.text(0, last, "blocks run:", fontsize=11, va="center", family="monospace")
+    for row, column, text, depth in texts:
+        if depth is not None:
+            ax.add_patch(plt.Rectangle((column, row - 0.45), len(text), 0.9, lw=0, alpha=0.5,
+                                       color=colors_of(L)[depth - 1]))
+        ax.text(column, row, text.replace("$", r"\$"), family="monospace", fontsize=12, va="center")
+    return fig
+
+
 def draw_loss(metrics):
     """Validation loss of each exit over training, a panel per routing rule; untrained values run off the top.
     None before the first evaluation."""
@@ -157,6 +199,9 @@ def main(argv=None):
         figures["depth"] = draw_depth(depth)
         if depth["routed"].any():
             figures["router"] = draw_router(depth)
+        if (folder / "sample.npz").is_file():
+            with np.load(folder / "sample.npz") as archive:
+                figures["text"] = draw_text(dict(archive), load_tokenizer(folder / "tokenizer.json"))
     else:
         print(f"{folder} has no depth.npz yet (evaluate.py writes it): drawing the loss alone")
     (folder / "figures").mkdir(exist_ok=True)

@@ -166,7 +166,7 @@ def keep(rows, lines, encoding, folder):
               "exit_at": np.concatenate([r.exit_at for r in rows]).astype(np.uint8),
               "visited": np.concatenate([r.visited for r in rows]),
               "row": np.repeat(np.arange(len(rows)), [len(r.ids) - 1 for r in rows]),
-              "prompt": np.array([r.prompt for r in rows])}
+              "prompt": np.array([r.prompt for r in rows]), "lines": np.array(lines or [])}
     run.write_atomically(folder / "sample.npz", lambda f: np.savez_compressed(f, **arrays))
     print(f"wrote {folder / 'sample.txt'} and {folder / 'sample.npz'} (ids, exit_at, visited)")
 

@@ -32,7 +32,7 @@ def test_the_default_run_ends_with_a_sample_and_figures(finished):
     files = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
     assert files == {"options.json", "tokenizer.json", "meta.json", "metrics.jsonl", "ckpt.pt", "depth.npz",
                      "sample.txt", "sample.npz", "evaluation.json", "figures/map.png", "figures/depth.png",
-                     "figures/router.png", "figures/loss.png"}
+                     "figures/router.png", "figures/loss.png", "figures/text.png"}
     for picture in finished.glob("figures/*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
     depth = np.load(finished / "depth.npz")
