@@ -49,10 +49,9 @@ def test_a_set_comes_back_as_it_was(pairs):
 def test_the_first_word_is_cut_like_any_other(pairs):
     """Two tokens for one word, the rarer one at the beginning of sentences."""
     encoding = parallel.load_pairs(pairs).encoding
-    ids = parallel.sentence_ids(encoding, "otter  otter ")
-    assert ids[-1] == encoding.eot_token and parallel.sentence(encoding, ids) == "otter otter"
-    one = parallel.sentence_ids(encoding, "otter")[:-1]
-    assert ids[:len(one)] == one
+    ids, one = parallel.sentence_ids(encoding, "otter otter "), parallel.sentence_ids(encoding, "otter")
+    assert ids == [*one[:-1], *one] and ids[-1] == encoding.eot_token
+    assert parallel.sentence(encoding, ids) == "otter otter"
 
 
 def test_lines_end_where_the_file_says(tmp_path):
