@@ -135,6 +135,7 @@ def laid_out(sample, encoding, columns):
         for i, depth in tokens:
             text = " </s>" if i == encoding.eot_token else \
                 encoding.decode_single_token_bytes(int(i)).decode("utf-8", "replace").replace("\t", "    ")
+            text = text.lstrip() if column == 0 and len(sample["lines"]) else text
             for k, part in enumerate(text.split("\n")):
                 if k or column + len(part) > columns:
                     row, column = row + 1, 0
@@ -150,10 +151,10 @@ def draw_text(sample, encoding, columns=96):
     last, width = texts[-1][0] + 2, max(column + len(text) for _, column, text, _ in texts)
     texts += [(last, 12 + 3 * n, f" {n} ", n) for n in range(1, L + 1)]
     width = max(width, 15 + 3 * L)
-    fig, ax = plt.subplots(figsize=(width * 0.105, (last + 1) * 0.27))
-    ax.set(xlim=(0, width), ylim=(last + 1, -0.7))
+    fig = plt.figure(figsize=((width + 2) * 0.1004, (last + 2) * 0.27), layout="none")  # 12 points monospaced
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(-1, width + 1), ylim=(last + 1, -1))
     ax.axis("off")
-    ax.text(0, last, "blocks run:", fontsize=11, va="center", family="monospace")
+    texts.append((last, 0, "blocks run:", None))
     for row, column, text, depth in texts:
         if depth is not None:
             ax.add_patch(plt.Rectangle((column, row - 0.45), len(text), 0.9, lw=0, alpha=0.5,
