@@ -129,7 +129,7 @@ def train_part(o, device):
     def our_step():
         for n, (h, _) in enumerate(ours.trunk(ours.embed(ids), at), 1):
             if n == o.n_layer:
-                h.backward(loss_and_gradient(ours.classifiers, n, h, targets, 1 / ids.numel())[1])
+                h.backward(loss_and_gradient(ours.classifiers, n, h, targets, 1 / ids.numel())[2])
         ours.zero_grad()
 
     times = in_turns({"plain": plain_step, "nanodepth": our_step}, o.repeats, device)

@@ -52,19 +52,20 @@ def decoding(config, vocab_size, visited, exit_at, confident=False, S=0, copies=
     """visited (T,L) bool and exit_at (T,) of one text, in order of reading -> Cost.
 
     confident: classifiers were read until one was sure enough. S: source tokens, 0 for a GPT.
-    copies: "paper", or "needed" for those that a later token attends to.
+    copies: "paper", "needed" for those that a later token attends to, or "computed": nothing is copied, the
+    token runs the block after all when a later one goes that deep (decode.read, missing="compute").
     """
     C, L, routed = config.n_embd, config.n_layer, config.routed_blocks()
     inner, Ce = config.n_inner or 4 * C, config.enc_embd if S else 0
     dense = np.array([n not in routed for n in range(L)])
     hidden = max(1, int(config.predictor_width * C)) if config.causal == "predictor" else 0
     T = len(visited)
+    if copies == "computed":
+        visited = visited | copied(config, visited)
     place = np.arange(1, T + 1)[:, None]
     attended = np.where(dense, place, np.cumsum(visited, 0)) * visited                      # (T,L)
-    if copies == "needed":
-        made = copied(config, visited)
-    else:
-        made = dense & ~visited
+    made = {"paper": dense & ~visited, "needed": copied(config, visited),
+            "computed": np.zeros_like(visited)}[copies]
     came = ~dense & (exit_at[:, None] > np.arange(L))                                       # (T,L)
     read = exit_at.sum() if confident else T                                                # classifiers
     projections = visited.any(0).sum() * S                          # of source tokens, over blocks

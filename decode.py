@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from exits import nats
+from exits import Seen, nats
 from model import Tokens
 from routing import FAR, causal, confusion
 
@@ -74,29 +74,36 @@ class Read(NamedTuple):
 
 
 @torch.no_grad()
-def read(model, ids, pos, past, rule, route):
+def read(model, ids, pos, past, rule, route, missing="copy"):
     """The one pass behind scoring (past=None), prompts and decoding: ids, pos (B,T) -> Read.
 
     All tokens of the call at once, under halting `rule` and routing `route`. Exact, and not an approximation
     of going token by token: block n reads states after block n - 1 only, and those are frozen where a token
     has left [DAT 2]. Tokens with position FAR are padding and run nothing.
+
+    missing: what deeper tokens see of one that left earlier. "copy": keys and values of its copied state, the
+    paper's way; "compute": its true ones, as if it ran the blocks later when one needs it (`visited` is still
+    what it ran to be written; cost.decoding adds what is caught up).
     """
     L = len(model.blocks)
     at = Tokens(pos, live=pos < FAR)
-    exit_at = torch.full_like(pos, L)
-    logits, ran, score = None, [], []
+    exit_at, inside = torch.full_like(pos, L), at.live                      # inside: has not left
+    logits, ran, score, states = None, [], [], []
+    source = past[0].source if past else None
     for n, (h, visit) in enumerate(model.trunk(model.embed(ids), at, past, route), 1):
-        ran.append(visit.ran)
+        ran.append(visit.ran & inside)
         score.append(torch.full_like(h[..., 0], torch.nan) if visit.score is None else visit.score)
-        if not at.anyone:
+        states.append(h)
+        if not inside.any():
             continue
         classify = functools.cache(functools.partial(model.classifiers, n, h))
-        leave = at.live & rule(n, h, classify) if n < L else at.live
+        leave = inside & rule(Seen(n, states, classify, pos, source)) if n < L else inside
         if leave.any():
             logits = classify() if logits is None else torch.where(leave.unsqueeze(-1), classify(), logits)
             exit_at = torch.where(leave, n, exit_at)
-            at.live = at.live & ~leave
-            at.anyone = bool(at.live.any())
+            inside = inside & ~leave
+            if missing == "copy":
+                at.live, at.anyone = inside, bool(inside.any())
     return Read(logits, exit_at, torch.stack(ran, -1), torch.stack(score, -1))
 
 
@@ -155,7 +162,7 @@ def check_prompts(model, prompts, new):
 
 
 def generate(model, prompts, new, rule, route=causal, temperature=1.0, top=None, seed=0, end=None,
-             source=None):
+             source=None, missing="copy"):
     """Continue every prompt (a non-empty list of ids) by at most `new` tokens, all rows at once.
 
     A row stops at token `end`. Row b draws from default_rng([seed, b]), so its text does not depend on the
@@ -168,7 +175,7 @@ def generate(model, prompts, new, rule, route=causal, temperature=1.0, top=None,
     going = torch.ones_like(length, dtype=torch.bool)
     past = empty_cache(model, B, P + new, source)
     ids, pos = pad(prompts, device)
-    found = read(model, ids, pos, past, rule, route)
+    found = read(model, ids, pos, past, rule, route, missing)
     logits = found.logits[torch.arange(B, device=device), length - 1]
     written, exits, visits = [], [found.exit_at], [found.visited]
     for i in range(new):
@@ -179,7 +186,7 @@ def generate(model, prompts, new, rule, route=causal, temperature=1.0, top=None,
         if i + 1 == new or not going.any():
             break
         pos = torch.where(going, length + i, FAR).unsqueeze(1)
-        found = read(model, token.unsqueeze(1), pos, past, rule, route)
+        found = read(model, token.unsqueeze(1), pos, past, rule, route, missing)
         logits = found.logits[:, 0]
         exits.append(found.exit_at)
         visits.append(found.visited)
@@ -211,7 +218,8 @@ class Hypothesis(NamedTuple):
 
 
 @torch.no_grad()
-def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=None, source=None):
+def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=None, source=None,
+                missing="copy"):
     """The `beam` best continuations of every prompt -> for each a list of Generated, best first.
 
     new: the most tokens to add, a number for each prompt. A step ranks all continuations of a prompt's live
@@ -226,7 +234,7 @@ def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=
     device = model.wte.weight.device
     past = empty_cache(model, B, P + max(new), source)
     ids, pos = pad(prompts, device)
-    found = read(model, ids, pos, past, rule, route)
+    found = read(model, ids, pos, past, rule, route, missing)
     logits = found.logits[range(B), [len(p) - 1 for p in prompts]]
     live = [[Hypothesis(0.0, (), tuple(e[:len(p)]), tuple(v[:len(p)]))] for p, e, v in
             zip(prompts, found.exit_at.tolist(), found.visited.tolist(), strict=True)]
@@ -252,7 +260,7 @@ def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=
         flat = [(b, h) for b, row in zip(going, live, strict=True) for h in row]
         ids = torch.tensor([[h.written[-1]] for _, h in flat], device=device)
         pos = torch.tensor([[len(prompts[b]) + i] for b, _ in flat], device=device)
-        found = read(model, ids, pos, past, rule, route)
+        found = read(model, ids, pos, past, rule, route, missing)
         logits = found.logits[:, 0]
         how = iter(zip(found.exit_at[:, 0].tolist(), found.visited[:, 0].tolist(), strict=True))
         live = [[h._replace(exits=(*h.exits, e), visits=(*h.visits, v))
@@ -287,10 +295,11 @@ def longest(S, block_size):
     return min(2 * S + 10, block_size - 1)
 
 
-def translate(model, sources, end, rule, beam=5, penalty=1.0, route=causal):
+def translate(model, sources, end, rule, beam=5, penalty=1.0, route=causal, missing="copy"):
     """Lists of source ids, `end` the last of each -> the best Generated of each; it begins with `end`."""
     device = model.wte.weight.device
     source = model.encode(*pad(sources, device))
     new = [longest(len(s), model.config.block_size) for s in sources]
-    found = beam_search(model, [[end]] * len(sources), new, rule, beam, route, penalty, end, source)
+    found = beam_search(model, [[end]] * len(sources), new, rule, beam, route, penalty, end, source,
+                        missing)
     return [texts[0] for texts in found]

@@ -1,8 +1,12 @@
 """Measure a run on held-out data: python evaluate.py --run 3
 
-    always             loss and bits per byte of every exit; how deep tokens go under an exit rule (depth.npz)
-    --bleu SPLIT ...   translate these splits with every fixed exit and with the rule: BLEU, exit, FLOPs, time
+    always             loss and bits per byte of every exit; loss, mean exit and FLOPs of every fixed exit and
+                       of the rule; how deep tokens go under the rule (depth.npz)
+    --rules RULE ...   these rules instead; also oracle:LAMBDA, the exits that the run's oracle picks knowing
+                       the right answer
+    --bleu SPLIT ...   translate these splits with the rules: BLEU, exit, FLOPs, time
     --source FILE      translate your own lines; with --reference FILE also BLEU
+    --search 10000     look for the best vector of thresholds for each depth among so many draws [DAT 3.2]
 
 Results: evaluation.json, depth.npz and the translations outputs/SPLIT.RULE.txt in the run's folder.
 """
@@ -38,7 +42,9 @@ class Options(run.Halting):
     reference: Path | None = None   # their translations by somebody else, line by line
     beam: int = 5               # hypotheses; 1: greedy
     penalty: float = 1.0        # hypotheses compare by log-probability / length^penalty
-    only_rule: bool = False     # translate with the rule only, not with every fixed exit
+    rules: tuple[str, ...] = ()     # these instead of every fixed exit and the rule
+    missing: Literal["copy", "compute"] = "copy"    # what deeper tokens see of those that left early
+    search: int = 0             # draws of thresholds; 0: no search
     batch: int = 64             # sentences side by side
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
@@ -58,22 +64,91 @@ def losses(model, batches, encoding, context):
     return found
 
 
-def depths(model, batches, rule, named, context):
-    """How deep every token goes when the model decides causally: arrays for depth.npz, (W,T,...), padded with
-    targets of -1 where rows are shorter."""
+def under_rule(model, batches, name, trained, context, missing):
+    """The batches read with a rule, routing causally: arrays (W,T,...) as for depth.npz, padded with targets
+    of -1 where rows are shorter."""
     parts, T = [], max(b.ids.size(1) for b in batches)
     for batch in batches:
         batch = batch.to(model.wte.weight.device)
         with context, torch.no_grad():
-            found = read(model, batch.ids, batch.pos, model.past(batch), rule, causal)
+            past, rule = model.past(batch), rule_for(model, batch, name, trained)
+            found = read(model, batch.ids, batch.pos, past, rule, causal, missing)
         arrays = {"ids": batch.ids.int(), "targets": batch.targets.int(),
                   "nats": exits.nats(found.logits, batch.targets), "exit_at": found.exit_at.byte(),
                   "visited": found.visited, "score": found.score.float()}
         parts.append({k: widen(v.cpu().numpy(), T, -1 if k == "targets" else 0) for k, v in arrays.items()})
-    named += ", causal routing" if model.config.routed != "none" else ""
-    routed = [n in model.config.routed_blocks() for n in range(model.config.n_layer)]
-    return {**{k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, "rule": np.array(named),
-            "routed": np.array(routed)}
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+def rule_for(model, batch, name, trained):
+    """The named rule; for oracle:LAMBDA the exits that are best for this very batch."""
+    if not name.startswith("oracle"):
+        return run.rule_of(name, trained, model)
+    nats, right, _ = exit_scores(model, batch)
+    score = -nats if trained.oracle == "likelihood" else right.to(nats.dtype)
+    price = float(name.partition(":")[2] or trained.exit_cost)
+    return exits.chosen(exits.token_oracle(score, batch.there, price, trained.sigma))
+
+
+def exit_scores(model, batch):
+    """Teacher forcing, nobody leaving -> nats, right, confidence of every exit, each (B,T,N)."""
+    found = []
+    for n, (h, _) in enumerate(model.states(batch, causal), 1):
+        logits = model.classifiers(n, h).float()
+        found.append((exits.nats(logits, batch.targets), logits.argmax(-1) == batch.targets,
+                      logits.softmax(-1).amax(-1)))
+    return (torch.stack(parts, -1) for parts in zip(*found, strict=True))
+
+
+def rules_of(o, trained):
+    """The rules to compare: those asked for, or every fixed exit and the one rule."""
+    if o.rules:
+        return list(o.rules)
+    fixed = []
+    if trained.model.exits == "all":
+        fixed = [f"fixed:{e}" for e in range(1, trained.model.n_layer)]
+    return [*fixed, "full", *({o.named(trained)} - {*fixed, "full"})]
+
+
+def forced(model, batches, names, trained, context, o):
+    """Rows for evaluation.json: loss, mean exit, blocks and FLOPs of each rule on the validation batches,
+    read all at once as they would be step by step."""
+    rows = []
+    print("\n| rule | loss | exit | blocks | MFLOPs a row: paper | needed |\n" + "|---" * 6 + "|")
+    for name in names:
+        found = under_rule(model, batches, name, trained, context, o.missing)
+        there = found["targets"] >= 0
+        each = [cost_of(model, *(found[k][w, there[w]] for k in ("visited", "exit_at")), name, S, o.missing)
+                for w, S in enumerate(s for b in batches for s in b.sources())]
+        rows.append({"rule": name, "loss": float(found["nats"][there].mean()),
+                     "exit": float(found["exit_at"][there].mean()),
+                     "blocks": float(found["visited"][there].sum(1).mean()), **mean_of(each)})
+        print("| {rule} | {loss:.3f} | {exit:.2f} | {blocks:.2f} | {mflops_paper:.1f} | {mflops_needed:.1f} |"
+              .format(**rows[-1]), flush=True)
+    return rows
+
+
+def search_thresholds(model, batches, draws, context):
+    """Thresholds drawn uniformly, judged by the exits' own confidences under teacher forcing (no copied states)
+    -> for each segment of one block of mean exit the rule that is right most often, [(exit, right, name)]."""
+    sure, right = [], []
+    for batch in batches:
+        batch = batch.to(model.wte.weight.device)
+        with context, torch.no_grad():
+            _, hit, confidence = exit_scores(model, batch)
+        sure.append(confidence[batch.there].cpu().numpy())
+        right.append(hit[batch.there].cpu().numpy())
+    sure, right = np.concatenate(sure), np.concatenate(right)                           # (tokens,N)
+    N, best = sure.shape[1], {}
+    for tau in np.random.default_rng(0).random((draws, N - 1)):
+        leave = np.concatenate([sure[:, :-1] > tau, np.ones((len(sure), 1), bool)], 1)
+        exit_at = leave.argmax(1)                                                       # from 0
+        found = exit_at.mean() + 1, right[np.arange(len(right)), exit_at].mean(), tau
+        segment = int(found[0])
+        if segment not in best or best[segment][1] < found[1]:
+            best[segment] = found
+    return [(e, r, "confidence:" + ",".join(f"{t:.3f}" for t in tau)) for e, r, tau in
+            (best[s] for s in sorted(best))]
 
 
 def widen(array, T, value):
@@ -91,7 +166,7 @@ def translations(model, sources, end, rule, o):
     found, began = {}, time.perf_counter()
     for first in range(0, len(order), o.batch):
         part = order[first:first + o.batch]
-        best = translate(model, [sources[i] for i in part], end, rule, o.beam, o.penalty)
+        best = translate(model, [sources[i] for i in part], end, rule, o.beam, o.penalty, missing=o.missing)
         found |= zip(part, best, strict=True)
     return [found[i] for i in range(len(sources))], time.perf_counter() - began
 
@@ -102,14 +177,24 @@ def bleu(lines, references, tokenize):
     return metric.corpus_score(lines, [references]).score, str(metric.get_signature())
 
 
-def measured(texts, sources, model, confident):
+def cost_of(model, visited, exit_at, name, S, missing):
+    """MFLOPs of one text by both accountings."""
+    both = ("computed", "computed") if missing == "compute" else ("paper", "needed")
+    confident = name.startswith("confidence")
+    return [cost.decoding(model.config, model.vocab_size, visited, exit_at, confident, S, copies).flops / 1e6
+            for copies in both]
+
+
+def mean_of(each):
+    return dict(zip(("mflops_paper", "mflops_needed"), np.mean(each, 0).tolist(), strict=True))
+
+
+def measured(texts, sources, model, name, missing):
     """The texts that were kept: mean exit and blocks run of a token, FLOPs of a sentence both ways."""
     exit_at, blocks = (np.concatenate([getattr(t, k) for t in texts]) for k in ("exit_at", "visited"))
-    each = {name: np.mean([cost.decoding(model.config, model.vocab_size, t.visited, t.exit_at, confident,
-                                         len(s), name).flops for t, s in zip(texts, sources, strict=True)])
-            for name in ("paper", "needed")}
-    return {"exit": float(exit_at.mean()), "blocks": float(blocks.sum(1).mean()),
-            **{f"mflops_{name}": float(v) / 1e6 for name, v in each.items()}}
+    each = [cost_of(model, t.visited, t.exit_at, name, len(s), missing)
+            for t, s in zip(texts, sources, strict=True)]
+    return {"exit": float(exit_at.mean()), "blocks": float(blocks.sum(1).mean()), **mean_of(each)}
 
 
 def translate_split(model, trained, encoding, name, lines, references, tokenize, folder, o):
@@ -121,22 +206,16 @@ def translate_split(model, trained, encoding, name, lines, references, tokenize,
         if len(ids) > model.config.block_size:
             raise UserError(f"{name}: line {n} has {len(ids)} tokens, the model reads at most "
                             f"{model.config.block_size}")
-    rule, named = run.halting_rule(o, trained)
-    chosen = {} if o.only_rule or trained.model.exits != "all" else \
-        {f"exit {e}": exits.fixed_exit(e) for e in range(1, model.config.n_layer)}
-    chosen["full depth"] = exits.full_depth
-    if o.only_rule or named not in chosen:
-        chosen[named] = rule
     print(f"\n{name}, {len(lines)} sentences, beam {o.beam}\n"
           "| rule | BLEU | exit | blocks | MFLOPs a sentence: paper | needed | time |\n" + "|---" * 7 + "|")
-    for label, chosen_rule in chosen.items():
-        texts, seconds = translations(model, sources, encoding.eot_token, chosen_rule, o)
+    for label in (r for r in rules_of(o, trained) if not r.startswith("oracle")):
+        rule = run.rule_of(label, trained, model)
+        texts, seconds = translations(model, sources, encoding.eot_token, rule, o)
         outputs = [sentence(encoding, t.ids) for t in texts]
-        row = {"rule": label, **measured(texts, sources, model, label == named and "confidence" in named),
-               "seconds": seconds}
+        row = {"rule": label, **measured(texts, sources, model, label, o.missing), "seconds": seconds}
         if references is not None:
             row["bleu"], row["signature"] = bleu(outputs, references, tokenize)
-        path = folder / "outputs" / f"{name}.{label.replace(' ', '-')}.txt"
+        path = folder / "outputs" / f"{name}.{label.replace(':', '-')}.txt"
         path.parent.mkdir(exist_ok=True)
         run.write_text(path, "".join(line + "\n" for line in outputs))
         rows.append(row | {"file": path.name})
@@ -178,17 +257,21 @@ def main(argv=None):
     wanted = list(texts_to_translate(data, trained, o))
     context = run.autocast(device, trained.dtype)
     batches = batches_of(data, "val", trained, trained.accumulate).fixed(trained.eval_windows)
-    rule, named = run.halting_rule(o, trained)
     found = {"options": json.loads(json.dumps(vars(o), default=str)), **run.environment(device),
              "val": losses(model, batches, data.encoding, context), "translated": {}}
     for route, each in found["val"].items():
         print(f"val, {route}: loss by exit " + " ".join(f"{v:.3f}" for v in each["loss"])
               + f" | {each['bits_per_byte'][-1]:.3f} bits/byte")
-    depth = depths(model, batches, rule, named, context)
-    there = depth["targets"] >= 0
-    print(f"{named}: {there.sum():,} tokens, loss {depth['nats'][there].mean():.3f}, exit after block "
-          f"{depth['exit_at'][there].mean():.2f}, {depth['visited'][there].sum(1).mean():.2f} blocks run")
+    named = o.named(trained)
+    depth = under_rule(model, batches, named, trained, context, o.missing)
+    depth["routed"] = np.array([n in trained.model.routed_blocks() for n in range(trained.model.n_layer)])
+    depth["rule"] = np.array(named.replace(":", " ") + ", causal routing" * bool(depth["routed"].any()))
     run.write_atomically(folder / "depth.npz", lambda f: np.savez_compressed(f, **depth))
+    if o.search:
+        found["search"] = search_thresholds(model, batches, o.search, context)
+        for depth_, right, rule in found["search"]:
+            print(f"search: exit {depth_:.2f}, right {right:.1%}: {rule}")
+    found["forced"] = forced(model, batches, rules_of(o, trained), trained, context, o)
     for name, lines, references in wanted:
         found["translated"][name] = translate_split(model, trained, data.encoding, name, lines, references,
                                                     data.meta["tokenize"], folder, o)

@@ -4,12 +4,17 @@
     h       (B,T,C) h_t^n, the state after block n = 1..N         1
     classify(n, h)  softmax(W_n h_t^n) before the softmax         2.1, an anytime classifier
     weight          w_n of the aligned loss                       2.2
+    score (B,T,N)   LL_t^n or C_t^n, what an oracle goes by       3.1, 3.2
+    exit_at (B,T)   q*_t, the oracle's exit, in 1..N              3.1, 3.2
+    z               logit of chi_t^n, "leave after block n"       3.2, geometric-like
     tau             confidence thresholds, N-1 of them            3.2
 
 Classifiers read the stream and change nothing in it, so a model with exits is the same model. A halting rule
-is a function rule(n, h, read) -> (B,T) bool, "leaves after block n"; read() gives block n's logits (B,T,V),
-made at most once. This file knows no model.
+is a function rule(seen) -> (B,T) bool, "leaves after block seen.n". This file knows no model.
 """
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -55,9 +60,9 @@ def nats(logits, targets):
 
 
 class SummedNats(torch.autograd.Function):
-    """nats(logits, targets).sum(), and the same with smoothed labels, for logits (T,V) that nobody needs
-    afterwards: their memory becomes the second sum's gradient, softmax(logits) - label. For one backward,
-    at once. A smoothed label is (1 - smoothing) onehot(target) + smoothing / V.
+    """nats(logits, targets), whether the target is the most likely token, and the sum of nats with smoothed
+    labels, for logits (T,V) that nobody needs afterwards: their memory becomes the sum's gradient, softmax -
+    label. For one backward, at once. A smoothed label is (1 - smoothing) onehot(target) + smoothing / V.
     """
 
     @staticmethod
@@ -72,52 +77,185 @@ class SummedNats(torch.autograd.Function):
             p.sub_(smoothing / p.size(1))
         ctx.save_for_backward(p.mul_(there))
         total = total.log()
-        plain = ((total - wanted) * there).sum()
-        smooth = ((total - (1 - smoothing) * wanted - smoothing * mean) * there).sum() if smoothing else plain
-        ctx.mark_non_differentiable(plain)
-        return plain, smooth.clone()
+        plain, right = ((total - wanted) * there).squeeze(1), ((wanted == 0) & there).squeeze(1)
+        smooth = (total - (1 - smoothing) * wanted - smoothing * mean) * there if smoothing else plain
+        ctx.mark_non_differentiable(plain, right)
+        return plain, right, smooth.sum()
 
     @staticmethod
-    def backward(ctx, _, scale):
+    def backward(ctx, _, __, scale):
         return ctx.saved_tensors[0].mul_(scale), None, None
 
 
 def loss_and_gradient(classifiers, n, h, targets, scale, smoothing=0.0):
-    """One exit's part of the aligned loss, backward included: h (B,T,C), targets (B,T), -1 at padding
-    -> (sum of nats, without label smoothing; gradient (B,T,C)).
+    """One exit's part of a loss, backward included: h (...,C), targets (...), -1 at padding
+    -> (nats (...) without label smoothing, is the target the most likely token (...), gradient (...,C)).
 
     scale * sum of nats is differentiated at once: into the classifier's parameters here, and down to h as
     the returned tensor. So the logits of one exit at a time are alive, and only CHUNK of them: hand all
     gradients to one torch.autograd.backward(hs, gradients) and the trunk is walked back once.
     """
     size = max(1, CHUNK // classifiers.vocab_size)                          # tokens a chunk
-    total, gradients = 0.0, []
-    for part, wanted in zip(h.detach().flatten(0, 1).split(size), targets.flatten().split(size), strict=True):
+    found, parts = [], (h.detach().flatten(0, -2).split(size), targets.flatten().split(size))
+    for part, wanted in zip(*parts, strict=True):
         leaf = part.detach().requires_grad_()
-        plain, loss = SummedNats.apply(classifiers(n, leaf), wanted, smoothing)
+        plain, right, loss = SummedNats.apply(classifiers(n, leaf), wanted, smoothing)
         with torch.autocast(h.device.type, enabled=False):      # backward keeps the types of forward
             (loss * scale).backward()
-        total = total + plain
-        gradients.append(leaf.grad)
-    return total, torch.cat(gradients).view_as(h)
+        found.append((plain, right, leaf.grad))
+    plain, right, gradient = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return plain.view_as(targets), right.view_as(targets), gradient.view_as(h)
+
+
+def scale_gradient(x, g):
+    """x, whose gradient is multiplied by g on the way back [DAT appendix]."""
+    return g * x + (1 - g) * x.detach()
+
+
+def balance(n, N, gamma):
+    """gamma_n = gamma (N - n): the N - n losses above block n come down divided by it, so that they weigh as
+    much as block n's own; gamma_N = 1, where the paper's code divides by 0. The loss of block n + m thus
+    arrives at block n times the product of 1 / gamma_i for i = n .. n + m - 1 [DAT appendix]."""
+    return gamma * (N - n) if n < N else 1.0
+
+
+# ----------------------------------------------------------------------------- oracles
+
+
+def sequence_oracle(score, live, cost):
+    """argmax_n sum_t score_t^n - cost n, one exit for a whole row [DAT 3.1]; ties go to the lowest exit.
+    score (B,T,N), live (B,T) -> exit_at (B,T). cost is in units of the summed score."""
+    exit_at = price(score.masked_fill(~live.unsqueeze(-1), 0).sum(1, keepdim=True), cost).argmax(-1) + 1
+    return exit_at.expand(live.shape)
+
+
+def token_oracle(score, live, cost, sigma=0.0):
+    """argmax_n sum_t' exp(-(t - t')^2 / sigma) score_t'^n - cost n [DAT 3.2]; sigma 0: of token t alone;
+    ties go to the lowest exit. score (B,T,N), live (B,T): padding enters no sum -> exit_at (B,T)."""
+    score = score.masked_fill(~live.unsqueeze(-1), 0)
+    if sigma > 0:
+        t = torch.arange(score.size(1), device=score.device)
+        score = torch.exp(-(t[:, None] - t).square() / sigma).to(score.dtype) @ score
+    return price(score, cost).argmax(-1) + 1
+
+
+def price(score, cost):
+    """score (...,N) - cost n."""
+    return score - cost * torch.arange(1, score.size(-1) + 1, device=score.device, dtype=score.dtype)
+
+
+# ----------------------------------------------------------------------------- learned exits
+
+
+class Halting(nn.Module):
+    """Predicts the exit with one linear layer [DAT 3]. N exits, C channels, Ce channels of the source.
+
+    sequence    softmax over N exits of the mean source state, one exit for the whole output [3.1]
+    token       softmax over N exits of h^1, decided after block 1 [3.2]
+    geometric   chi^n of h^n for n < N: q(n) = chi^n prod_{m<n} (1 - chi^m) [3.2]
+    binary      chi^n of h^n for n < N, each trained by itself: "is n the oracle's exit or above it"
+    """
+
+    def __init__(self, kind, N, C, Ce=None, shared=False):
+        super().__init__()
+        self.kind, self.exits = kind, N
+        if kind in ("sequence", "token"):
+            self.linear = nn.Linear(Ce if kind == "sequence" else C, N)
+        else:
+            self.linear = nn.ModuleList([nn.Linear(C, 1)] * (N - 1) if shared else
+                                        [nn.Linear(C, 1) for _ in range(N - 1)])
+
+    @staticmethod
+    def logits(linear, x):
+        """linear(x) in the parameters' precision even under autocast: decisions are made of it."""
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x.to(linear.weight.dtype))
+
+    def of_source(self, source):
+        """A Source of B rows -> logits (B,N); padding is not in the mean."""
+        there = source.there.unsqueeze(-1)
+        return self.logits(self.linear, source.states.masked_fill(~there, 0).sum(1) / there.sum(1))
+
+    def of_first(self, h):
+        """h^1 (...,C) -> logits (...,N)."""
+        return self.logits(self.linear, h)
+
+    def z(self, n, h):
+        """h^n (...,C) -> the logit (...) of leaving after block n < N."""
+        return self.logits(self.linear[n - 1], h).squeeze(-1)
+
+    def loss(self, states, source, exit_at, live):
+        """H(q*, q): h^1..h^N (B,T,C), Source or None, the oracle's exit_at (B,T), live (B,T) -> a sum over
+        the tokens that are there; over rows for the sequence kind."""
+        if self.kind == "sequence":
+            return F.cross_entropy(self.of_source(source), exit_at[:, 0] - 1, reduction="sum")
+        if self.kind == "token":
+            return F.cross_entropy(self.of_first(states[0])[live], exit_at[live] - 1, reduction="sum")
+        total = 0.0
+        for n in range(1, self.exits):
+            z, counts = self.z(n, states[n - 1]), live & (exit_at >= n) if self.kind == "geometric" else live
+            total = total + F.binary_cross_entropy_with_logits(z, (exit_at <= n).to(z), counts.to(z),
+                                                               reduction="sum")
+        return total
 
 
 # ----------------------------------------------------------------------------- halting rules
 
 
-def full_depth(n, h, read):
+class Seen(NamedTuple):
+    """What a halting rule may look at after block n."""
+    n: int
+    states: list[torch.Tensor]          # h^1..h^n, each (B,T,C)
+    read: Callable                      # read() -> block n's logits (B,T,V), made at most once
+    pos: torch.Tensor                   # (B,T)
+    source: object = None               # of a Seq2Seq, with B rows or B / g
+
+
+def full_depth(seen):
     """Nobody leaves early."""
-    return torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
+    return torch.zeros_like(seen.pos, dtype=torch.bool)
 
 
 def fixed_exit(e):
     """Everybody leaves after block e."""
-    return lambda n, h, read: torch.full(h.shape[:2], n >= e, device=h.device)
+    return lambda seen: torch.full_like(seen.pos, seen.n >= e, dtype=torch.bool)
+
+
+def chosen(exit_at):
+    """Everybody leaves where exit_at (B,T) says, by row and position: an oracle's choice, or anybody's."""
+    return lambda seen: exit_at.gather(1, seen.pos.clamp(max=exit_at.size(1) - 1)) <= seen.n
+
+
+def random_exit(N, seed=0):
+    """Each token leaves at an exit drawn uniformly from 1..N ("uniform" in the paper's table 1), a function
+    of (seed, row, position)."""
+    def rule(seen):
+        row = torch.arange(len(seen.pos), device=seen.pos.device).unsqueeze(1)
+        x = (seen.pos * 73_856_093 + row * 19_349_663 + seed * 83_492_791) & 0xFFFFFFFF
+        for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B), (16, 1)):       # mixes the bits
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        return x % N + 1 <= seen.n
+    return rule
 
 
 def confidence(tau):
     """Leave after the first block whose most likely token has p > tau_n [DAT 3.2]; tau has N-1 entries."""
-    def rule(n, h, read):
-        logits = read().float()
-        return (logits.amax(-1) - logits.logsumexp(-1)).exp() > tau[n - 1]
+    def rule(seen):
+        logits = seen.read().float()
+        return (logits.amax(-1) - logits.logsumexp(-1)).exp() > tau[seen.n - 1]
+    return rule
+
+
+def learned(halting, threshold=0.5):
+    """Leave where `halting` says [DAT 3]: at the most likely exit (sequence, token), or after the first block
+    with chi > threshold (geometric, binary)."""
+    def rule(seen):
+        if halting.kind == "sequence":
+            exit_at = halting.of_source(seen.source).argmax(-1) + 1
+            exit_at = exit_at.repeat_interleave(len(seen.pos) // len(exit_at)).unsqueeze(1)
+        elif halting.kind == "token":
+            exit_at = halting.of_first(seen.states[0]).argmax(-1) + 1
+        else:
+            return halting.z(seen.n, seen.states[-1]).sigmoid() > threshold
+        return (exit_at <= seen.n).expand(seen.pos.shape)
     return rule

@@ -11,6 +11,7 @@ Three rules keep one forward pass good for training, prompts and decoding:
 - a block exposes its update, `residual`; running, routing and copying are three ways to use it.
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from exits import Classifiers
+from exits import Classifiers, Halting
 from routing import FAR, Routed, Visit, top_k
 
 
@@ -33,6 +34,9 @@ class GPTConfig:
     dropout: float = 0.0
     exits: Literal["all", "last"] = "all"               # which blocks have a classifier [DAT]
     classifier: Literal["tied", "separate"] = "tied"    # share the embedding, or one matrix per exit
+    halting: Literal["none", "sequence", "token", "geometric", "binary"] = "none"   # learns where to exit
+    share_halting: bool = False                         # geometric, binary: one predictor for all blocks
+    share_blocks: bool = False                          # one block, run n_layer times
     routed: str = "odd"                                 # none, odd, even, all, or numbers from 0: "1,3" [MoD]
     capacity: float = 0.125                             # share of the tokens that a routed block runs
     gate: Literal["raw", "sigmoid"] = "raw"             # r or sigmoid(r) times the block's update
@@ -65,6 +69,7 @@ class Tokens:
     pos: torch.Tensor                       # (B,T) position in the text; FAR: not there
     live: torch.Tensor | None = None        # (B,T) bool
     anyone: bool = True                     # False: nobody is live, so blocks need not run at all
+    onward: Callable | None = None          # (n, h^n) -> what block n + 1 reads, to scale its gradient
 
 
 def positions(ids):
@@ -252,13 +257,17 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(vocab_size, C)
         self.drop = nn.Dropout(config.dropout)
         blocks = [Block(C, config.n_head, config.block_size, config.n_inner, config.dropout, Ce)
-                  for _ in range(L)]
+                  for _ in range(1 if config.share_blocks else L)]
+        blocks = blocks * (L // len(blocks))
         for n in routed:
             blocks[n] = Routed(blocks[n], C, config.capacity, config.gate, config.causal,
                                hidden=max(1, int(config.predictor_width * C)))
         self.blocks = nn.ModuleList(blocks)
         self.classifiers = Classifiers(range(1, L + 1) if config.exits == "all" else [L], C, vocab_size,
                                        self.wte.weight if config.classifier == "tied" else None)
+        self.halting = None
+        if config.halting != "none":
+            self.halting = Halting(config.halting, L, C, Ce, config.share_halting)
         initialise(self, C)
 
     def embed(self, ids):
@@ -272,14 +281,16 @@ class GPT(nn.Module):
         for n, block in enumerate(self.blocks):
             x, visit = block(x, at, past[n] if past else Now(), route)
             yield x, visit
+            x = at.onward(n + 1, x) if at.onward else x
 
     def past(self, batch):
         """What a batch (data/batches.py) looks back on when it is read all at once: nothing."""
         return None
 
-    def states(self, batch, route=top_k):
+    def states(self, batch, route=top_k, at=None, past=None):
         """A batch -> h^1..h^L and the Visits, as `trunk`."""
-        return self.trunk(self.embed(batch.ids), Tokens(batch.pos, batch.live), self.past(batch), route)
+        at = at or Tokens(batch.pos, batch.live)
+        return self.trunk(self.embed(batch.ids), at, past or self.past(batch), route)
 
     def logits(self, ids, past=None, route=top_k):
         """ids (B,T) -> (B,T,V) after the last block. The scripts read every h^n from `trunk`."""

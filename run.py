@@ -50,6 +50,14 @@ class Options:
     warmup: int = 50                    # steps of linear warm-up
     schedule: Literal["cosine", "inverse_sqrt"] = "cosine"  # then down to lr_end, or lr sqrt(warmup / step)
     label_smoothing: float = 0.0        # share of every label that is spread over the vocabulary
+    objective: Literal["aligned", "mixed", "halting"] = "aligned"   # halting: the predictor of exits alone
+    paths: int = 1                      # mixed: exit paths drawn a step (M)
+    gradient_scale: float = 0.0         # gamma, balances each block's loss against those above; 0: off
+    oracle: Literal["correctness", "likelihood"] = "correctness"    # which exits the predictor should learn
+    exit_cost: float = 0.1              # lambda, what the oracle pays for each block
+    sigma: float = 0.0                  # width of the oracle's smoothing over tokens; 0: none
+    alpha: float = 1.0                  # weight of the predictor's loss, per target token
+    init: str = ""                      # start from the weights of this run (and its model options)
     average: int = 1                    # the final weights are the mean of this many last checkpoints
     weight_decay: float = 0.1           # on matrices only
     beta1: float = 0.9
@@ -77,11 +85,11 @@ RANGES = {  # option -> smallest and largest value; nan is in no range
                      "n_layer", "n_head", "n_embd", "enc_layer", "enc_head", "enc_embd", "batch_tokens"),
                     (1, 2**31)),
     **dict.fromkeys(("lr", "clip", "predictor_width"), (1e-12, 1e6)),
-    **dict.fromkeys(("weight_decay", "imitation"), (0, 1e6)),
+    **dict.fromkeys(("weight_decay", "imitation", "alpha", "exit_cost", "sigma", "gradient_scale"), (0, 1e6)),
     **dict.fromkeys(("beta1", "beta2", "dropout", "label_smoothing"), (0, 1 - 1e-9)),
     **dict.fromkeys(("seed", "stop_at", "warmup", "n_inner"), (0, 2**31)),
     **dict.fromkeys(("tau", "lr_end"), (0, 1)),
-    "block_size": (2, 2**20), "capacity": (1e-9, 1), "average": (1, 100),
+    "block_size": (2, 2**20), "capacity": (1e-9, 1), "average": (1, 100), "paths": (1, 1000),
 }
 
 
@@ -100,6 +108,18 @@ def idle(options):
     else:
         names = ("enc_layer", "enc_head", "enc_embd", "embeddings", "batch_tokens")
         why |= dict.fromkeys(names, "a GPT has no source (--translate makes a translator)")
+    if m.halting == "none":
+        names = ("oracle", "exit_cost", "sigma", "alpha", "share_halting")
+        why |= dict.fromkeys(names, "nothing learns where to exit (--halting none)")
+    elif m.halting in ("sequence", "token"):
+        why["share_halting"] = f"--halting {m.halting} is one layer anyway"
+    if m.halting == "sequence":
+        why["sigma"] = "there is one exit for a whole sentence"
+    if options.objective != "mixed":
+        why["paths"] = "exits are drawn by --objective mixed"
+    if options.objective != "aligned":
+        names = ("exit_weights", "gradient_scale", "imitation")
+        why |= dict.fromkeys(names, f"it belongs to --objective aligned, not {options.objective}")
     if options.schedule == "inverse_sqrt":
         why["lr_end"] = "the inverse square root has no end"
     return why
@@ -137,6 +157,11 @@ def read_options(argv):
         path, table = preset(argv.pop(0))
         from_file(path, table)
     options = parse([*words(table), *argv])
+    if options.init:        # the shape of the model, and the data, are those of the run it starts from
+        path = find(options.init, options.out) / "options.json"
+        stored = read_json(path, "options")
+        same = {*(f.name for f in dataclasses.fields(Seq2SeqConfig)), "data", "translate"}
+        options = from_file(path, {k: v for k, v in stored.items() if k in same}, [*words(table), *argv])
     if options.resume:
         path = find(options.resume, options.out) / "options.json"
         given = {w[2:].split("=")[0].replace("-", "_") for w in [*words(table), *argv] if w.startswith("--")}
@@ -177,6 +202,7 @@ def check(options):
     if options.translate and m.embeddings == "tied" and m.enc_embd != m.n_embd:
         raise UserError(f"--enc_embd {m.enc_embd} and --n_embd {m.n_embd} differ: source and target cannot "
                         "share one table: use --embeddings separate")
+    refuse_combinations(options)
     if options.schedule == "inverse_sqrt" and not options.warmup:
         raise UserError("--schedule inverse_sqrt needs --warmup: the rate falls with sqrt(warmup / step)")
     if not options.translate and options.batch % options.accumulate:
@@ -188,41 +214,86 @@ def check(options):
         raise UserError(f"--routed: {e}; use none, odd, even, all or numbers such as 1,3") from None
 
 
+def refuse_combinations(options):
+    """Methods that exclude each other."""
+    m = options.model
+    if m.exits == "last" and (m.halting != "none" or options.objective != "aligned"):
+        raise UserError("learning where to exit, or by mixed exits, needs classifiers: --exits all")
+    if options.objective == "mixed" and m.routed != "none":
+        raise UserError("--objective mixed cannot train routed blocks: top-k would choose among tokens that "
+                        "have left. Use --routed none")
+    if options.objective == "mixed" and m.halting != "none":
+        raise UserError("the oracle needs all exits of every token, --objective mixed draws one: train the "
+                        "predictor afterwards, --init THAT_RUN --objective halting")
+    if options.objective == "halting" and m.halting == "none":
+        raise UserError("--objective halting needs --halting token, geometric, binary or sequence")
+    if options.objective == "halting" and not options.init:
+        raise UserError("--objective halting trains the predictor alone: give --init, a trained run")
+    if m.halting == "sequence" and not options.translate:
+        raise UserError("--halting sequence reads a source sentence, and a GPT has none (--translate)")
+    if m.share_blocks and m.routed != "none":
+        raise UserError("--share_blocks has one block, and so no other to route: use --routed none")
+
+
 # ----------------------------------------------------------------------------- halting rules by name
 
 
 @dataclass
 class Halting:
     """When to exit, on the command line."""
-    rule: Literal["auto", "confidence", "fixed", "full"] = "auto"   # auto: confidence if there are exits
-    tau: tuple[float, ...] = ()     # confidence: one threshold, or one for each block but the last
-    exit: int = 0               # fixed: leave after this block
+    rule: str = "auto"          # full, fixed:3, random, confidence:0.5 or :0.5,0.6,..., learned, learned:0.4
+    tau: tuple[float, ...] = ()     # the same as --rule confidence:...
+    exit: int = 0               # the same as --rule fixed:...
+
+    def named(self, trained):
+        """The rule's name; auto: learned if something was, else confidence if there are exits."""
+        given = [f"confidence:{','.join(map(str, self.tau))}"] if self.tau else []
+        given += [f"fixed:{self.exit}"] if self.exit else []
+        if len(given) + (self.rule != "auto") > 1:
+            raise UserError("one rule at a time: --rule, --tau or --exit; the others would do nothing")
+        if given or self.rule != "auto":
+            return given[0] if given else self.rule
+        m = trained.model
+        if m.halting != "none":
+            return "learned"
+        return f"confidence:{trained.tau:g}" if m.exits == "all" else "full"
 
 
-def halting_rule(options, trained):
-    """The rule that the options name, for the run's training options. -> (rule, its description)."""
-    L, kind = trained.model.n_layer, options.rule
-    if kind == "auto":
-        wants_confidence = options.tau or trained.model.exits == "all"
-        kind = "fixed" if options.exit else "confidence" if wants_confidence else "full"
-    if kind != "full" and trained.model.exits != "all":
+def rule_of(name, trained, model):
+    """"fixed:3" and so on -> the halting rule. UserError if it is none, or not one for this model."""
+    kind, _, value = name.partition(":")
+    L, m = trained.model.n_layer, trained.model
+    try:
+        numbers = [float(v) for v in value.split(",")] if value else []
+    except ValueError:
+        raise UserError(f"--rule {name}: {value} is not a number, nor numbers with commas between") from None
+    if kind == "full" and not numbers:
+        return exits.full_depth
+    if kind not in ("full", "fixed", "random", "confidence", "learned"):
+        raise UserError(f"--rule {name}: there are full, fixed:N, random, confidence:TAU and learned")
+    if m.exits != "all":
         raise UserError("this run has a classifier after its last block only, so no token can leave "
                         "early: use --rule full, or train with --exits all")
-    for name, used in (("tau", "confidence"), ("exit", "fixed")):
-        if getattr(options, name) and kind != used:
-            raise UserError(f"--{name} would do nothing: the rule is {kind}")
-    if kind == "full":
-        return exits.full_depth, "full depth"
     if kind == "fixed":
-        if not 1 <= options.exit <= L:
-            raise UserError(f"--exit {options.exit} must be a block from 1 to {L}")
-        return exits.fixed_exit(options.exit), f"exit after block {options.exit}"
-    tau = options.tau or (trained.tau,)
-    if len(tau) not in (1, L - 1):
-        raise UserError(f"--tau takes one threshold or {L - 1}, one for each block but the last, "
-                        f"not {len(tau)}")
-    named = "exit at confidence " + " ".join(map(str, tau))
-    return exits.confidence(tau * (L - 1) if len(tau) == 1 else tau), named
+        if len(numbers) != 1 or numbers[0] not in range(1, L + 1):
+            raise UserError(f"--rule {name}: an exit is a block from 1 to {L}, such as fixed:{L // 2}")
+        return exits.fixed_exit(int(numbers[0]))
+    if kind == "confidence":
+        tau = numbers or [trained.tau]
+        if len(tau) not in (1, L - 1):
+            raise UserError(f"--rule {name}: give one threshold or {L - 1}, one for each block but the last, "
+                            f"not {len(tau)}")
+        return exits.confidence(tau * (L - 1) if len(tau) == 1 else tau)
+    if kind == "learned":
+        if model.halting is None:
+            raise UserError("this run has no predictor of exits: train one, --init THIS_RUN "
+                            "--halting geometric --objective halting")
+        if numbers and (len(numbers) > 1 or m.halting in ("sequence", "token")):
+            raise UserError(f"--rule {name}: one threshold at most, and none for --halting {m.halting}")
+        return exits.learned(model.halting, *numbers)
+    if numbers:
+        raise UserError(f"--rule {name}: {kind} takes no number")
+    return exits.random_exit(L)
 
 
 # ----------------------------------------------------------------------------- device
@@ -416,6 +487,17 @@ def fill(model, state, folder):
     except RuntimeError as e:
         first = str(e).splitlines()[1].strip()[:150]
         raise UserError(f"{folder}/ckpt.pt does not fit {folder}/options.json: {first}") from None
+
+
+def start_from(model, folder, device):
+    """Give the model the final weights of another run; only a predictor of exits may be new."""
+    weights = mean_weights(load(folder, device))
+    own = model.state_dict()
+    wrong = [n for n in own.keys() ^ weights.keys() if not n.startswith("halting.")]
+    wrong += [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
+    if wrong:
+        raise UserError(f"{folder} has another model: {min(wrong)} differs")
+    model.load_state_dict({**own, **{n: w for n, w in weights.items() if n in own}})
 
 
 class Interrupt:

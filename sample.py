@@ -78,7 +78,8 @@ def main(argv=None):
     folder, trained, _, model = run.open_run(options.run, options.out, options.device)
     refuse_idle(options, trained)
     encoding, L = load_tokenizer(folder / "tokenizer.json"), trained.model.n_layer
-    rule, named = run.halting_rule(options, trained)
+    named = options.named(trained)
+    rule = run.rule_of(named, trained, model)
     text, color = options.prompt, use_color(options.color)
     if text is None:
         text = run.read_json(folder / "meta.json", "prompt")

@@ -19,33 +19,96 @@ import run
 from data.batches import batches_of, open_data
 from data.common import UserError, command, token_bytes
 from decode import score
+from model import Tokens
 from routing import ROUTES, imitation_loss, report
 
 # ----------------------------------------------------------------------------- objectives
 
 
 def aligned(model, batch, scale, options):
-    """The aligned loss [DAT 2.2] plus the imitation loss [MoD 3.5] of one piece of a batch, and backward.
+    """The aligned loss [DAT 2.2] plus the imitation loss [MoD 3.5] and, if the model has a predictor of
+    exits, alpha times its loss [DAT 3], of one piece of a batch; and backward.
 
     Adds scale * loss to the gradients (scale = 1 / targets of the whole step) and returns the nats (N,)
     summed over tokens at each exit. With one classifier this is plain language modelling, or translation.
     """
-    blocks = model.classifiers.blocks
+    blocks, at, past = model.classifiers.blocks, Tokens(batch.pos, batch.live), model.past(batch)
     weights = dict(zip(blocks, exits.exit_weights(options.exit_weights, blocks), strict=True))
-    sums, ends, gradients = [], [], []
-    for n, (h, visit) in enumerate(model.states(batch), 1):
+    if options.gradient_scale:
+        gamma = options.gradient_scale
+        at.onward = lambda n, h: exits.scale_gradient(h, 1 / exits.balance(n, len(blocks), gamma))
+    states, nats, right, ends, gradients = [], [], [], [], []
+    for n, (h, visit) in enumerate(model.states(batch, at=at, past=past), 1):
+        states.append(h)
         if n in weights:
-            nats, gradient = exits.loss_and_gradient(
+            lost, hit, gradient = exits.loss_and_gradient(
                 model.classifiers, n, h, batch.targets, scale * weights[n], options.label_smoothing)
-            sums.append(nats)
+            nats.append(lost)
+            right.append(hit)
             ends.append(h)
             gradients.append(gradient)
         if visit.guess is not None:
             ends.append(imitation_loss(visit, batch.live) * scale * options.imitation)
             gradients.append(None)
+    if model.halting:
+        exit_at = oracle(torch.stack(nats, -1), torch.stack(right, -1), batch.there, options)
+        lost = model.halting.loss(states, past and past[0].source, exit_at, batch.there)
+        ends.append(lost * scale * options.alpha)
+        gradients.append(None)
     with torch.autocast(batch.ids.device.type, enabled=False):  # backward keeps the types of forward
         torch.autograd.backward(ends, gradients)
-    return torch.stack(sums)
+    return torch.stack([lost.sum() for lost in nats])
+
+
+def oracle(nats, right, there, options):
+    """The exits that the options' oracle wants: nats, right (B,T,N), there (B,T) -> exit_at (B,T) [DAT 3]."""
+    score = -nats if options.oracle == "likelihood" else right.to(nats.dtype)
+    if options.model.halting == "sequence":
+        return exits.sequence_oracle(score, there, options.exit_cost)
+    return exits.token_oracle(score, there, options.exit_cost, options.sigma)
+
+
+def mixed(model, batch, scale, options):
+    """The mixed loss [DAT 2.2]: every token leaves at an exit drawn uniformly and its state stays as it is
+    above; mean over `paths` draws. Returns nats (N,) as `aligned`, from the tokens that left at each exit."""
+    blocks, there = model.classifiers.blocks, batch.there
+    sums, counts = torch.zeros(2, len(blocks), device=batch.ids.device)
+    for _ in range(options.paths):
+        exit_at = torch.randint(1, len(blocks) + 1, batch.pos.shape, device=batch.ids.device)
+        at, ends, gradients = Tokens(batch.pos, there), [], []
+        for n, (h, _) in enumerate(model.states(batch, at=at), 1):
+            here = there & (exit_at == n)
+            if here.any():
+                lost, _, gradient = exits.loss_and_gradient(
+                    model.classifiers, n, h[here], batch.targets[here], scale / options.paths,
+                    options.label_smoothing)
+                ends.append(h[here])
+                gradients.append(gradient)
+                sums[n - 1] += lost.sum()
+                counts[n - 1] += here.sum()
+            at.live = at.live & ~here
+        with torch.autocast(batch.ids.device.type, enabled=False):
+            torch.autograd.backward(ends, gradients)
+    return sums * there.sum() / counts.clamp(min=1)
+
+
+def halting(model, batch, scale, options):
+    """Only the predictor of exits learns, from a trunk that stays as it is [DAT 3]. Returns nats (N,)."""
+    model.eval()
+    with torch.no_grad():
+        past = model.past(batch)
+        states = [h for h, _ in model.states(batch, past=past)]
+        logits = [model.classifiers(n, h) for n, h in enumerate(states, 1)]
+        nats = torch.stack([exits.nats(x, batch.targets) for x in logits], -1)
+        right = torch.stack([x.argmax(-1) == batch.targets for x in logits], -1)
+        exit_at = oracle(nats, right, batch.there, options)
+    lost = model.halting.loss(states, past and past[0].source, exit_at, batch.there)
+    with torch.autocast(batch.ids.device.type, enabled=False):
+        (lost * scale * options.alpha).backward()
+    return nats.sum((0, 1))
+
+
+OBJECTIVES = {"aligned": aligned, "mixed": mixed, "halting": halting}
 
 
 # ----------------------------------------------------------------------------- schedule and optimiser
@@ -64,7 +127,7 @@ def learning_rate(t, options):
 def optimizer_of(model, options):
     """AdamW; only matrices decay (not norms, biases, or the one-row routers)."""
     decayed, free = [], []
-    for p in model.parameters():
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
         (decayed if p.dim() > 1 and p.size(0) > 1 else free).append(p)
     groups = [{"params": decayed, "weight_decay": options.weight_decay},
               {"params": free, "weight_decay": 0.0}]
@@ -108,6 +171,10 @@ def begin(options):
     device = run.device_of(options.device)
     torch.manual_seed(options.seed)
     model = run.build(options, data.meta["vocab_size"]).to(device)
+    if options.init:
+        run.start_from(model, run.find(options.init, options.out), device)
+    if options.objective == "halting":
+        model.requires_grad_(False).halting.requires_grad_(True)
     optimizer = optimizer_of(model, options)
     step, last = 0, {}
     if options.resume:
@@ -141,7 +208,7 @@ def step_once(model, optimizer, training, options, t, context):
     batch, sums = training.step(options.seed, t), 0
     for piece in batch.cut(options.accumulate):
         with context:
-            sums = sums + aligned(model, piece.to(device), 1 / batch.count, options)
+            sums = sums + OBJECTIVES[options.objective](model, piece.to(device), 1 / batch.count, options)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip))
     if not math.isfinite(norm):
         raise FloatingPointError

@@ -41,6 +41,15 @@ class Batch(NamedTuple):
         return self.pos < FAR if self.source else None
 
     @property
+    def there(self):
+        """(B,T) bool, the tokens that are there."""
+        return self.pos < FAR
+
+    def sources(self):
+        """Source tokens of each row, 0 for text."""
+        return (self.source[1] < FAR).sum(1).tolist() if self.source else [0] * len(self.ids)
+
+    @property
     def count(self):
         """Target tokens."""
         return int((self.targets >= 0).sum())

@@ -23,7 +23,7 @@ MODELS = {
 }
 RULES = {"full": exits.full_depth, "fixed": exits.fixed_exit(2),
          "confidence": exits.confidence([0.24, 0.2, 0.2]),
-         "scattered": lambda n, h, read: (1000 * h[..., 0]).remainder(1) < 0.3}     # no pattern
+         "scattered": lambda seen: (1000 * seen.states[-1][..., 0]).remainder(1) < 0.3}     # no pattern
 
 
 @pytest.fixture(params=MODELS, ids=list(MODELS))
@@ -46,20 +46,22 @@ def in_loops(rule):
     """A halting rule as the loops call it: one token's vectors instead of (B,T,...) tensors."""
     def single(array):
         return torch.from_numpy(np.asarray(array))[None, None]
-    return lambda n, logits, h: bool(rule(n, single(h), lambda: single(logits)))
+    return lambda n, logits, h: bool(rule(exits.Seen(n, [single(h)], lambda: single(logits),
+                                                     torch.zeros(1, 1, dtype=torch.long))))
 
 
 def close(a, b):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-9, atol=1e-9)
 
 
-def by_steps(model, ids, rule, chunks=None, source=None):
+def by_steps(model, ids, rule, chunks=None, source=None, missing="copy"):
     """Read ids (B,T) through a cache, `chunks` tokens at a time -> (Read, cache)."""
     B, T = ids.shape
     past, parts, t = decode.empty_cache(model, B, T, source), [], 0
     for size in chunks or [1] * T:
         part = slice(t, t + size)
-        parts.append(decode.read(model, ids[:, part], positions(ids)[:, part], past, rule, causal))
+        parts.append(decode.read(model, ids[:, part], positions(ids)[:, part], past, rule, causal,
+                                 missing))
         t += size
     return decode.Read(*(torch.cat(p, 1) for p in zip(*parts, strict=True))), past
 
@@ -213,7 +215,7 @@ def test_gradients_exit_by_exit_are_those_of_the_sum(model, monkeypatch):
     from train import aligned
     monkeypatch.setattr(exits, "CHUNK", 5 * 23)
     ids, targets = texts(1), texts(2)
-    options = SimpleNamespace(exit_weights="sqrt(n)", imitation=0.3, label_smoothing=0.0)
+    options = SimpleNamespace(exit_weights="sqrt(n)", imitation=0.3, label_smoothing=0.0, gradient_scale=0.0)
     sums = aligned(model, Batch(ids, targets, positions(ids)), 1 / ids.numel(), options)
     ours = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

@@ -63,8 +63,7 @@ def test_bleu_of_every_exit(copy, pairs, capsys):
     evaluate.main(["--run", str(copy), "--bleu", "test", "--beam", "2", "--batch", "5"])
     said = capsys.readouterr().out
     found = json.loads((copy / "evaluation.json").read_text("utf-8"))["translated"]["test"]
-    assert [r["rule"] for r in found[:4]] == ["exit 1", "exit 2", "exit 3", "full depth"]
-    assert found[4]["rule"] == "exit at confidence 0.5" and len(found) == 5
+    assert [r["rule"] for r in found] == ["fixed:1", "fixed:2", "fixed:3", "full", "confidence:0.5"]
     assert [r["exit"] for r in found[:4]] == [1, 2, 3, 4] and 1 <= found[4]["exit"] < 4
     references = parallel.load_pairs(pairs).originals("test", "bb")
     for row in found:
@@ -72,7 +71,7 @@ def test_bleu_of_every_exit(copy, pairs, capsys):
         assert row["bleu"] == pytest.approx(sacrebleu.corpus_bleu(lines, [references]).score)
         assert row["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a") and row["seconds"] > 0
         assert row["mflops_needed"] <= row["mflops_paper"]
-    assert found[3]["bleu"] > 80 and "| full depth |" in said and "tok:13a" in said
+    assert found[3]["bleu"] > 80 and "| full |" in said and "tok:13a" in said
     assert found[0]["mflops_paper"] < found[1]["mflops_paper"] < found[3]["mflops_paper"]
 
 
@@ -80,9 +79,9 @@ def test_own_sentences_with_and_without_references(copy, tmp_path, capsys):
     source, reference = tmp_path / "mine.aa", tmp_path / "mine.bb"
     source.write_text("otter heron\nmagpie\n", "utf-8")
     reference.write_text("uno due\notto\n", "utf-8")
-    words = ["--run", str(copy), "--source", str(source), "--only_rule", "True", "--rule", "full"]
+    words = ["--run", str(copy), "--source", str(source), "--rules", "full"]
     evaluate.main(words)
-    assert (copy / "outputs" / "mine.full-depth.txt").read_text("utf-8") == "uno due\notto\n"
+    assert (copy / "outputs" / "mine.full.txt").read_text("utf-8") == "uno due\notto\n"
     [row] = json.loads((copy / "evaluation.json").read_text("utf-8"))["translated"]["mine"]
     assert "bleu" not in row
     evaluate.main([*words, "--reference", str(reference)])
@@ -191,8 +190,7 @@ def test_a_routed_translator_trains_and_translates(pairs, tmp_path, quiet):
     folder = trained(pairs, tmp_path, "--routed", "odd", "--capacity", 0.25, "--steps", 30)
     found = val_lines(folder)[-1]
     assert set(found["loss"]) == {"top_k", "causal"} and 0.6 < found["imitation"]["base_rate"] < 0.8
-    evaluate.main(["--run", str(folder), "--bleu", "test", "--only_rule", "True", "--rule", "full",
-                   "--beam", "2"])
+    evaluate.main(["--run", str(folder), "--bleu", "test", "--rules", "full", "--beam", "2"])
     [row] = json.loads((folder / "evaluation.json").read_text("utf-8"))["translated"]["test"]
     assert 2 <= row["blocks"] < 4 and row["exit"] == 4
 
@@ -226,7 +224,7 @@ def test_an_experiment_goes_on_point_by_point(pairs, tmp_path, monkeypatch, caps
     found = json.loads((folder / "separate.json").read_text("utf-8"))
     assert found["options"]["classifier"] == "separate" and found["training_seconds"] > 0 and found["torch"]
     bleu = found["evaluation"]["translated"]["test"][3]["bleu"]
-    assert f"| full depth | {bleu:.2f} | 4.00 | 4.00 |" in table and table.count("--classifier separate") == 1
+    assert f"| full | {bleu:.2f} | 4.00 | 4.00 |" in table and table.count("--classifier separate") == 1
     assert (folder / "figure.png").stat().st_size > 5000 and len(list(folder.glob("tied.test.*.txt"))) == 5
     assert "there are tied, separate" in refused(capsys, reproduce.main, *words, "--points", "x")
 

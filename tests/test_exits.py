@@ -82,9 +82,9 @@ def test_each_exit_has_its_own_norm_and_shares_or_owns_its_matrix():
 
 def test_confidence_must_be_exceeded():
     """`>=`: a token that is exactly as sure as the threshold stays."""
-    h, logits = torch.zeros(1, 1, 4), torch.zeros(1, 1, 2)
-    assert not exits.confidence([0.5])(1, h, lambda: logits).any()
-    assert exits.confidence([0.49])(1, h, lambda: logits).all()
+    logits = torch.zeros(1, 1, 2)
+    seen = exits.Seen(1, [torch.zeros(1, 1, 4)], lambda: logits, torch.zeros(1, 1, dtype=torch.long))
+    assert not exits.confidence([0.5])(seen).any() and exits.confidence([0.49])(seen).all()
 
 
 def test_pick_samples_the_distribution_it_is_given():

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "decode": {"model", "exits", "routing"}, "cost": set(),
     "data/parallel": {"data.common"}, "data/batches": {"data.common", "data.parallel", "routing"},
     "run": {"data.common", "exits", "model"},
-    "train": {"run", "data.common", "data.batches", "decode", "exits", "routing"},
+    "train": {"run", "data.common", "data.batches", "decode", "exits", "model", "routing"},
     "sample": {"run", "data.common", "data.parallel", "decode"},
     "evaluate": {"run", "data.common", "data.batches", "data.parallel", "decode", "exits", "routing", "cost"},
     "plot": {"run", "data.common"}, "reproduce": {"run", "data.common"},

@@ -64,7 +64,8 @@ def test_sample_reads_standard_input(finished, capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--rule", "full"], "exit after block 4.00 of 4"),
+    (["--rule", "full"], "exit after block 4.00 of 4"), (["--rule", "fixed:3"], "exit after block 3.00 of 4"),
+    (["--rule", "confidence:1,0,1"], "exit after block 2.00 of 4"), (["--rule", "random"], ", random: 8 tokens"),
     (["--exit", "2"], "exit after block 2.00 of 4"),
     (["--tau", "0"], "exit after block 1.00 of 4"),
     (["--tau", "1", "0", "1"], "exit after block 2.00 of 4"),
@@ -144,8 +145,10 @@ def test_bad_samples(finished, capsys, tmp_path):
     assert "prompt is empty" in no("--prompt", "")
     assert "reads at most 32" in no("--prompt", "x = 1\n" * 40)
     assert "one threshold or 3" in no("--tau", "0.5", "0.5")
-    assert "block from 1 to 4" in no("--exit", "9")
+    assert "block from 1 to 4" in no("--exit", "9") and "block from 1 to 4" in no("--rule", "fixed:1.5")
     assert "would do nothing" in no("--rule", "full", "--tau", "0.5")
+    assert "there are full, fixed:N" in no("--rule", "sometimes") and "not a number" in no("--rule", "fixed:x")
+    assert "takes no number" in no("--rule", "random:3") and "no predictor of exits" in no("--rule", "learned")
     assert "at least" in no("--tokens", "0") and "at least" in no("--temperature", "-1")
     assert "at least" in no("--seed", "-1") and "at least" in no("--temperature", "nan")
     assert "Perhaps you meant" in no("--temprature", "1")
@@ -158,7 +161,7 @@ def test_a_run_without_exits_samples_at_full_depth_and_refuses_rules(train, caps
     monkeypatch.setattr(script, "finish", lambda *a: None)
     folder = train("--exits", "last", "--routed", "none", "--tau", run.Options().tau)
     sample.main(["--run", str(folder), "--tokens", "4"])
-    assert "full depth: 4 tokens, exit after block 4.00" in capsys.readouterr().out
+    assert "full: 4 tokens, exit after block 4.00" in capsys.readouterr().out
     said = refused(capsys, sample.main, "--run", folder, "--tau", "0.5")
     assert "classifier after its last block only" in said
 

@@ -165,7 +165,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(train, monkeypatch,
     steps, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: steps.append(1) or step(self, *a))
     monkeypatch.setattr(run.GPT, "calls", 0, raising=False)
-    monkeypatch.setattr(script, "aligned", broken)
+    monkeypatch.setitem(script.OBJECTIVES, "aligned", broken)
     with pytest.raises(SystemExit) as stop:
         train()
     said = capsys.readouterr().err
