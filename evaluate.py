@@ -75,6 +75,7 @@ def under_rule(model, batches, name, trained, context, missing):
             found = read(model, batch.ids, batch.pos, past, rule, causal, missing)
         arrays = {"ids": batch.ids.int(), "targets": batch.targets.int(),
                   "nats": exits.nats(found.logits, batch.targets), "exit_at": found.exit_at.byte(),
+                  "right": found.logits.argmax(-1) == batch.targets,
                   "visited": found.visited, "score": found.score.float()}
         parts.append({k: widen(v.cpu().numpy(), T, -1 if k == "targets" else 0) for k, v in arrays.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
@@ -114,22 +115,23 @@ def forced(model, batches, names, trained, context, o):
     """Rows for evaluation.json: loss, mean exit, blocks and FLOPs of each rule on the validation batches,
     read all at once as they would be step by step."""
     rows = []
-    print("\n| rule | loss | exit | blocks | MFLOPs a row: paper | needed |\n" + "|---" * 6 + "|")
+    print("\n| rule | loss | right | exit | blocks | MFLOPs a row: paper | needed |\n" + "|---" * 7 + "|")
     for name in names:
         found = under_rule(model, batches, name, trained, context, o.missing)
         there = found["targets"] >= 0
         each = [cost_of(model, *(found[k][w, there[w]] for k in ("visited", "exit_at")), name, S, o.missing)
                 for w, S in enumerate(s for b in batches for s in b.sources())]
         rows.append({"rule": name, "loss": float(found["nats"][there].mean()),
+                     "right": float(found["right"][there].mean()),
                      "exit": float(found["exit_at"][there].mean()),
                      "blocks": float(found["visited"][there].sum(1).mean()), **mean_of(each)})
-        print("| {rule} | {loss:.3f} | {exit:.2f} | {blocks:.2f} | {mflops_paper:.1f} | {mflops_needed:.1f} |"
-              .format(**rows[-1]), flush=True)
+        print("| {rule} | {loss:.3f} | {right:.1%} | {exit:.2f} | {blocks:.2f} | {mflops_paper:.1f} | "
+              "{mflops_needed:.1f} |".format(**rows[-1]), flush=True)
     return rows
 
 
 def search_thresholds(model, batches, draws, context):
-    """Thresholds drawn uniformly, judged by the exits' own confidences under teacher forcing (no copied states)
+    """Thresholds drawn uniformly, judged by the exits' confidences under teacher forcing (no copied states)
     -> for each segment of one block of mean exit the rule that is right most often, [(exit, right, name)]."""
     sure, right = [], []
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Reproduce a result, point by point: python reproduce.py exits --scale cpu --source DIR
+"""Reproduce a result, point by point: python reproduce.py dat --scale cpu --source DIR
 
 A point is one training run and its evaluation. A point whose JSON is there is never run again, and one that
 was interrupted goes on from its checkpoint: give the same command again. Kept in results/NAME-SCALE/:
@@ -7,7 +7,8 @@ was interrupted goes on from its checkpoint: give the same command again. Kept i
     table.md, figure.png        drawn from the JSON files alone
     POINT.SPLIT.RULE.txt        what was translated
 
-    exits           BLEU of every exit of a translator trained with aligned exits [DAT 2.1, 2.2; table 1]
+    dat     Depth-Adaptive Transformer: every exit of an aligned model, models of fewer blocks, mixed
+            training, learned exits and confidence thresholds, copied and computed states [DAT 2, 3; table 1]
 """
 import importlib
 import json
@@ -32,59 +33,83 @@ from data.common import UserError, command, is_prepared
 
 
 class Point(NamedTuple):
-    """Words for train.py and for evaluate.py after it."""
+    """Words for train.py and for evaluate.py after it. start: the point whose weights it starts from, or
+    whose run it evaluates if train is empty."""
     name: str
     train: list
     evaluate: list
+    start: str = ""
 
 
-def exits_points(scale):
-    """One model for each direction, every exit of it scored on the test sets."""
-    sets = {"iwslt14": ["test"], "multi30k": ["test_2016_flickr", "test_2017_flickr"]}
-    name, directions = ("iwslt14", ["de-en"]) if scale == "paper" else ("multi30k", ["en-de", "de-en"])
-    more = {"cpu": [], "paper": [], "gpu": "--n_embd 256 --enc_embd 512 --embeddings separate --n_inner 1024 "
-            "--enc_layer 6 --dropout 0.3 --batch_tokens 8192 --steps 6000 --warmup 1000".split()}[scale]
-    return name, [Point(d, [name, "--translate", d, *more], ["--bleu", *sets[name]]) for d in directions]
+CONFIDENCE = ("confidence:0.3", "confidence:0.5", "confidence:0.7", "confidence:0.9")
 
 
-def exits_table(found):
+def dat_points(scale):
+    """Thresholds of the learned exits are the operating points of one predictor; those of `search` were the
+    best of 10,000 draws on the validation set (evaluate.py --search)."""
+    name, direction, tests = "multi30k", "en-de", ["test_2016_flickr"]
+    if scale == "paper":
+        name, direction, tests = "iwslt14", "de-en", ["test"]
+    more = "--n_embd 256 --enc_embd 512 --embeddings separate --n_inner 1024 --enc_layer 6 --dropout 0.3 " \
+        "--batch_tokens 8192 --steps 6000 --warmup 1000".split() if scale == "gpu" else []
+    train = [name, "--translate", direction, *more]
+    fixed, bleu = [f"fixed:{e}" for e in range(1, 6)], ["--bleu", *tests]
+    second = "--objective halting --steps 300 --warmup 20 --lr 1e-2 --batch_tokens 4096 --eval_every 300 " \
+        "--save_every 300".split()
+    found = [Point("aligned", train, [*bleu, "--rules", *fixed, "full", "random", "oracle", *CONFIDENCE]),
+             Point("2-blocks", [*train, "--exits", "last", "--n_layer", "2"], [*bleu, "--rules", "full"]),
+             Point("6-blocks", [*train, "--exits", "last"], [*bleu, "--rules", "full"]),
+             Point("mixed", [*train, "--objective", "mixed"], [*bleu, "--rules", *fixed, "full", "random"])]
+    for kind, oracle in (("geometric", "correctness"), ("geometric", "likelihood"), ("binary", "correctness"),
+                         ("token", "correctness")):
+        points = [f"learned:{t}" for t in (0.3, 0.5, 0.7)] if kind != "token" else ["learned"]
+        found.append(Point(f"{kind}-{oracle}", ["--halting", kind, "--oracle", oracle, *second],
+                           [*bleu, "--rules", *points], "aligned"))
+    found.append(Point("computed", [], [*bleu, "--missing", "compute", "--rules", *CONFIDENCE], "aligned"))
+    return name, found
+
+
+def dat_table(found):
     """{point: its JSON} -> Markdown."""
-    lines = []
+    lines, named = [], []
     for name, point in found.items():
         splits = point["evaluation"]["translated"]
-        lines += [f"\n{name}\n", "| rule | " + " | ".join(f"BLEU {s}" for s in splits)
-                  + " | exit | blocks | MFLOPs a sentence: paper | needed | seconds |",
-                  "|---" * (len(splits) + 6) + "|"]
+        named = named or list(splits)
         for rows in zip(*splits.values(), strict=True):
             r, bleu = rows[0], " | ".join(f"{row['bleu']:.2f}" for row in rows)
-            lines.append(f"| {r['rule']} | {bleu} | {r['exit']:.2f} | {r['blocks']:.2f} | "
-                         f"{r['mflops_paper']:.0f} | {r['mflops_needed']:.0f} | {r['seconds']:.1f} |")
-        lines.append(f"\nexit, FLOPs and seconds on {next(iter(splits))}; {r['signature']}")
-    return "\n".join(lines)
+            lines.append(f"| {name} | {r['rule']} | {bleu} | {r['exit']:.2f} | {r['blocks']:.2f} | "
+                         f"{r['mflops_paper']:.1f} | {r['mflops_needed']:.1f} | {r['seconds']:.1f} |")
+    head = f"| model | rule | {' | '.join(f'BLEU {s}' for s in named)} | exit | blocks | " \
+           "MFLOPs a sentence: paper | needed | seconds |"
+    return "\n".join(["", head, "|---" * head.count(" |") + "|", *lines, "",
+                      f"exit, blocks, FLOPs and seconds (beam {point['evaluation']['options']['beam']}) on "
+                      f"{named[0]}; {r['signature']}"])
 
 
-def exits_figure(found):
-    """BLEU against the exit and against FLOPs, a line for each test set; rings: the exit rule."""
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for name, point in found.items():
-        for split, rows in point["evaluation"]["translated"].items():
-            fixed = [r for r in rows if "confidence" not in r["rule"]]
-            for ax, x in zip(axes, ("exit", "mflops_paper"), strict=True):
-                line, = ax.plot([r[x] for r in fixed], [r["bleu"] for r in fixed], "o-", ms=4,
-                                label=f"{name} {split}")
-                for r in rows[len(fixed):]:
-                    ax.plot(r[x], r["bleu"], "o", ms=9, mfc="none", color=line.get_color())
-                    ax.annotate(r["rule"].removeprefix("exit at "), (r[x], r["bleu"]), (6, -12),
-                                textcoords="offset points", fontsize=8, color=line.get_color())
+def dat_figure(found):
+    """BLEU on the first test set against mean exit and against FLOPs: lines for the fixed exits, a mark for
+    every other rule with its threshold."""
+    fig, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for (name, point), color in zip(found.items(), plt.cm.tab10(range(10)), strict=False):
+        rows = next(iter(point["evaluation"]["translated"].values()))
+        fixed = [r for r in rows if r["rule"].startswith(("fixed", "full"))]
+        for ax, x in zip(axes, ("exit", "mflops_needed"), strict=True):
+            ax.plot([r[x] for r in fixed], [r["bleu"] for r in fixed], "o-", ms=4, color=color, label=name)
+            others = [r for r in rows if r not in fixed]
+            ax.plot([r[x] for r in others], [r["bleu"] for r in others], "s:", ms=6, mfc="none", color=color)
+            for r in others:
+                ax.annotate(r["rule"].partition(":")[2] or r["rule"], (r[x], r["bleu"]), (4, -11),
+                            textcoords="offset points", fontsize=8, color=color)
+        axes[0].axhline(fixed[-1]["bleu"], lw=0.5, color=color) if len(fixed) == 1 else None
     axes[0].set(xlabel="exit (mean over output tokens)", ylabel="BLEU")
-    axes[1].set(xlabel="decoder MFLOPs a sentence (the paper's accounting)")
+    axes[1].set(xlabel="decoder MFLOPs a sentence (copies counted where a later token needs them)")
     axes[1].legend(frameon=False, fontsize=9)
     for ax in axes:
         ax.grid(color="#e6e6e6")
     return fig
 
 
-EXPERIMENTS = {"exits": (exits_points, exits_table, exits_figure)}
+EXPERIMENTS = {"dat": (dat_points, dat_table, dat_figure)}
 
 
 # ----------------------------------------------------------------------------- running them
@@ -118,27 +143,41 @@ def finish_training(point, folder, o):
     spent = folder / "seconds.txt"
     seconds = float(spent.read_text("utf-8")) if spent.exists() else 0.0
     started = sorted(folder.glob("*/ckpt.pt"))
-    words = ["--device", o.device] if started else \
-        [*point.train, "--seed", o.seed, "--device", o.device, "--dtype", o.dtype]
     if not started or not (started[-1].parent / "evaluation.json").exists():
-        more = ["--resume", started[-1].parent] if started else ["--out", folder]
-        seconds += script("train.py", *words, *more)
+        words = [*point.train, "--seed", o.seed, "--dtype", o.dtype, "--out", folder]
+        if point.start:
+            words += ["--init", run_of(folder.parent / point.start)]
+        if started:
+            words = ["--resume", started[-1].parent]
+        seconds += script("train.py", *words, "--device", o.device)
         run.write_text(spent, f"{seconds}\n")
-    made = max(folder.glob("*/ckpt.pt")).parent
+    made = run_of(folder)
     if not (made / "evaluation.json").exists():
         raise UserError(f"{made} was stopped before its end: the same command goes on")
     return made, seconds
 
 
+def run_of(folder):
+    """The run that a point made. UserError if there is none."""
+    found = sorted(folder.glob("*/ckpt.pt"))
+    if not found:
+        raise UserError(f"{folder} holds no run: make the point '{folder.name}' first (--points)")
+    return found[-1].parent
+
+
 def measure(point, results, o):
     """Train, evaluate, and write the point's JSON and translations."""
     folder = Path(o.runs) / f"{o.name}-{o.scale}" / point.name
-    folder.mkdir(parents=True, exist_ok=True)
-    made, training = finish_training(point, folder, o)
+    if point.train:
+        folder.mkdir(parents=True, exist_ok=True)
+        made, training = finish_training(point, folder, o)
+    else:
+        made, training = run_of(folder.parent / point.start), 0
+    shutil.rmtree(made / "outputs", ignore_errors=True)
     evaluating = script("evaluate.py", "--run", made, "--device", o.device, *point.evaluate)
     stored = json.loads((made / "options.json").read_text("utf-8"))
-    found = {"point": point.name, "train": ["train.py", *point.train],
-             "evaluate": ["evaluate.py", *point.evaluate], **stored,
+    found = {"point": point.name, "train": ["train.py", *point.train] if point.train else [],
+             "evaluate": ["evaluate.py", *point.evaluate], "start": point.start, **stored,
              "training_seconds": round(training), "evaluation_seconds": round(evaluating),
              "metrics": [m for m in run.read_metrics(made) if m["kind"] == "val"],
              "evaluation": json.loads((made / "evaluation.json").read_text("utf-8"))}
@@ -154,10 +193,12 @@ def draw(name, results, points):
     paths = [results / f"{p.name}.json" for p in points]
     found = {p.stem: json.loads(p.read_text("utf-8")) for p in paths if p.exists()}
     if found:
-        heading = ["- {point}: `python {words}`, seed {seed}, {dtype}, commit {commit}, {device}, {threads} "
-                   "threads, torch {torch}, {minutes:.0f} min of training".format(
-                       **f, **{k: f["options"][k] for k in ("seed", "dtype")}, words=" ".join(f["train"]),
-                       minutes=f["training_seconds"] / 60) for f in found.values()]
+        heading = ["- {point}: `python {words}`{after}, seed {seed}, {dtype}, commit {commit}, {device}, "
+                   "{threads} threads, torch {torch}, {minutes:.0f} min of training".format(
+                       **f, **{k: f["options"][k] for k in ("seed", "dtype")},
+                       after=f" after {f['start']}" * bool(f["start"]),
+                       words=" ".join(f["train"] or f["evaluate"]), minutes=f["training_seconds"] / 60)
+                   for f in found.values()]
         run.write_text(results / "table.md", "\n".join([*heading, table(found), ""]))
         fig = figure(found)
         fig.savefig(results / "figure.png", dpi=110, bbox_inches="tight")

@@ -1,4 +1,4 @@
-"""Learning where to exit [DAT 2.2, 3]: oracles, predictors, losses, copied and computed states, against loops."""
+"""Learning where to exit [DAT 2.2, 3]: oracles, predictors, losses, copied and computed states."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,7 +46,7 @@ def test_oracles_are_the_papers(whole, price):
 
 
 def test_correctness_oracle_in_closed_form():
-    """Tok-C, sigma 0, 0 < lambda < 1/(N-1): the first block that is right, block 1 if none is [papers 1.4]."""
+    """Tok-C, sigma 0, 0 < lambda < 1/(N-1): the first block that is right, or block 1 if none is."""
     score, live = scores(whole=True)
     right = score.bool()
     first = torch.where(right.any(-1), right.int().argmax(-1), 0) + 1
@@ -78,7 +78,8 @@ def test_predictor_losses_are_the_papers(kind):
             mean = model.encode(*one.source).states[0].mean(0)
             theirs += naive.loss_multinomial(model.halting.linear(mean)[None].detach().numpy(), wanted[:1])
         elif kind == "token":
-            theirs += naive.loss_multinomial(model.halting.linear(torch.from_numpy(hs[0])).detach().numpy(), wanted)
+            logits = model.halting.linear(torch.from_numpy(hs[0])).detach().numpy()
+            theirs += naive.loss_multinomial(logits, wanted)
         else:
             checker = naive.Predictor({k: w.detach().numpy() for k, w in model.state_dict().items()})
             chi = np.array([[checker.chi(n, hs[n - 1][t]) for n in range(1, N)] for t in range(len(wanted))])
@@ -104,7 +105,8 @@ def test_decoding_with_learned_exits_is_the_papers(kind, missing):
     for seed in range(3):
         model, source, ids = model_with(kind, seed=seed), texts(5, T=7), texts(seed, T=10)
         rule = exits.learned(model.halting)
-        whole = decode.read(model, ids, positions(ids), [Now(model.encode(source))] * N, rule, causal, missing)
+        past = [Now(model.encode(source))] * N
+        whole = decode.read(model, ids, positions(ids), past, rule, causal, missing)
         steps, _ = by_steps(model, ids, rule, source=model.encode(source), missing=missing)
         same(whole, steps)
         for b in range(3):
@@ -126,14 +128,15 @@ def test_a_gpt_learns_where_to_exit_too(kind):
     model, ids = model_with(kind, translator=False), texts(T=10)
     found = decode.read(model, ids, positions(ids), None, exits.learned(model.halting), causal)
     for b in range(3):
-        logits, exit_at, _ = naive.decode(loops_of(model), ids[b].tolist(), learned_in_loops(model, kind), "copy")
+        own = learned_in_loops(model, kind)
+        logits, exit_at, _ = naive.decode(loops_of(model), ids[b].tolist(), own, "copy")
         assert np.array_equal(found.exit_at[b], exit_at)
         close(found.logits[b], logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_hypothesis_has_its_own_exits(kind):
-    """A beam whose exits stay with the row when the hypotheses turn; the exit of another sentence's source."""
+    """A beam whose exits stay with the row when hypotheses turn; the exit of another sentence's source."""
     model, sources = model_with(kind), rows(lengths=(7, 2, 5))
     for (best, *_), source in zip(search(model, sources, exits.learned(model.halting), 3, [6, 6, 6]), sources,
                                   strict=True):
@@ -180,8 +183,9 @@ def test_chosen_exits_are_taken():
 
 
 def options(**more):
-    return SimpleNamespace(**{"exit_weights": "1", "imitation": 0.0, "label_smoothing": 0.0, "gradient_scale": 0.0,
-                              "oracle": "correctness", "exit_cost": 0.1, "sigma": 0.0, "alpha": 0.7, "paths": 1} | more)
+    return SimpleNamespace(**{"exit_weights": "1", "imitation": 0.0, "label_smoothing": 0.0, "alpha": 0.7,
+                              "gradient_scale": 0.0, "oracle": "correctness", "exit_cost": 0.1, "sigma": 0.0,
+                              "paths": 1} | more)
 
 
 def test_mixed_training_is_the_papers(monkeypatch):
@@ -202,7 +206,8 @@ def test_mixed_training_is_the_papers(monkeypatch):
             total = total + lost[exit_at == n].sum()
             at.live = exit_at > n
         for b in range(3):
-            expected += naive.mixed_loss(loops_of(model), ids[b].tolist(), targets[b].tolist(), exit_at[b].tolist())
+            row = [x[b].tolist() for x in (ids, targets, exit_at)]
+            expected += naive.mixed_loss(loops_of(model), *row)
         close(total.item(), expected)
         loss = loss + total / 3
     (loss / ids.numel()).backward()

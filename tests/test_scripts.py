@@ -64,8 +64,10 @@ def test_sample_reads_standard_input(finished, capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--rule", "full"], "exit after block 4.00 of 4"), (["--rule", "fixed:3"], "exit after block 3.00 of 4"),
-    (["--rule", "confidence:1,0,1"], "exit after block 2.00 of 4"), (["--rule", "random"], ", random: 8 tokens"),
+    (["--rule", "full"], "exit after block 4.00 of 4"),
+    (["--rule", "fixed:3"], "exit after block 3.00 of 4"),
+    (["--rule", "confidence:1,0,1"], "exit after block 2.00 of 4"),
+    (["--rule", "random"], ", random: 8 tokens"),
     (["--exit", "2"], "exit after block 2.00 of 4"),
     (["--tau", "0"], "exit after block 1.00 of 4"),
     (["--tau", "1", "0", "1"], "exit after block 2.00 of 4"),
@@ -147,8 +149,9 @@ def test_bad_samples(finished, capsys, tmp_path):
     assert "one threshold or 3" in no("--tau", "0.5", "0.5")
     assert "block from 1 to 4" in no("--exit", "9") and "block from 1 to 4" in no("--rule", "fixed:1.5")
     assert "would do nothing" in no("--rule", "full", "--tau", "0.5")
-    assert "there are full, fixed:N" in no("--rule", "sometimes") and "not a number" in no("--rule", "fixed:x")
-    assert "takes no number" in no("--rule", "random:3") and "no predictor of exits" in no("--rule", "learned")
+    assert "there are full, fixed:N" in no("--rule", "sometimes")
+    assert "not a number" in no("--rule", "fixed:x") and "takes no number" in no("--rule", "random:3")
+    assert "no predictor of exits" in no("--rule", "learned")
     assert "at least" in no("--tokens", "0") and "at least" in no("--temperature", "-1")
     assert "at least" in no("--seed", "-1") and "at least" in no("--temperature", "nan")
     assert "Perhaps you meant" in no("--temprature", "1")
