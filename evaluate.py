@@ -6,12 +6,14 @@
                        the right answer
     --bleu SPLIT ...   translate these splits with the rules: BLEU, exit, FLOPs, time
     --source FILE      translate your own lines; with --reference FILE also BLEU
-    --search 10000     look for the best vector of thresholds for each depth among so many draws [DAT 3.2]
+    --search 10000     find the best vector of thresholds for each depth among so many draws on the validation
+                       text, and add them to the rules [DAT 3.2]
 
 Results: evaluation.json, depth.npz and the translations outputs/SPLIT.RULE.txt in the run's folder.
 """
 import json
 import math
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +88,8 @@ def rule_for(model, batch, name, trained):
     if not name.startswith("oracle"):
         return run.rule_of(name, trained, model)
     nats, right, _ = exit_scores(model, batch)
-    score = -nats if trained.oracle == "likelihood" else right.to(nats.dtype)
-    price = float(name.partition(":")[2] or trained.exit_cost)
-    return exits.chosen(exits.token_oracle(score, batch.there, price, trained.sigma))
+    price = name.partition(":")[2]
+    return exits.chosen(run.oracle(nats, right, batch.there, trained, float(price) if price else None))
 
 
 def exit_scores(model, batch):
@@ -101,8 +102,15 @@ def exit_scores(model, batch):
     return (torch.stack(parts, -1) for parts in zip(*found, strict=True))
 
 
-def rules_of(o, trained):
+def rules_of(o, trained, model):
     """The rules to compare: those asked for, or every fixed exit and the one rule."""
+    for name in o.rules:
+        kind, _, price = name.partition(":")
+        if kind != "oracle":
+            run.rule_of(name, trained, model)       # complains before anything is measured
+        elif trained.model.exits != "all" or not re.fullmatch(r"(\d+\.?\d*|\.\d+)?", price):
+            raise UserError(f"--rules {name}: an oracle chooses among exits (--exits all) and takes what it "
+                            f"pays for a block, at least 0, such as oracle:0.1")
     if o.rules:
         return list(o.rules)
     fixed = []
@@ -199,8 +207,8 @@ def measured(texts, sources, model, name, missing):
     return {"exit": float(exit_at.mean()), "blocks": float(blocks.sum(1).mean()), **mean_of(each)}
 
 
-def translate_split(model, trained, encoding, name, lines, references, tokenize, folder, o):
-    """Every fixed exit and the rule on one list of sentences -> rows for evaluation.json; prints a table."""
+def translate_split(model, trained, encoding, name, lines, references, tokenize, folder, o, rules):
+    """The rules on one list of sentences -> rows for evaluation.json; prints a table."""
     sources, rows = [sentence_ids(encoding, line) for line in lines], []
     for n, (line, ids) in enumerate(zip(lines, sources, strict=True), 1):
         if not line.strip():
@@ -210,14 +218,14 @@ def translate_split(model, trained, encoding, name, lines, references, tokenize,
                             f"{model.config.block_size}")
     print(f"\n{name}, {len(lines)} sentences, beam {o.beam}\n"
           "| rule | BLEU | exit | blocks | MFLOPs a sentence: paper | needed | time |\n" + "|---" * 7 + "|")
-    for label in (r for r in rules_of(o, trained) if not r.startswith("oracle")):
+    for label in (r for r in rules if not r.startswith("oracle")):
         rule = run.rule_of(label, trained, model)
         texts, seconds = translations(model, sources, encoding.eot_token, rule, o)
         outputs = [sentence(encoding, t.ids) for t in texts]
         row = {"rule": label, **measured(texts, sources, model, label, o.missing), "seconds": seconds}
         if references is not None:
             row["bleu"], row["signature"] = bleu(outputs, references, tokenize)
-        path = folder / "outputs" / f"{name}.{label.replace(':', '-')}.txt"
+        path = folder / "outputs" / f"{name}.{label.replace(':', '-').replace(',', '_')}.txt"
         path.parent.mkdir(exist_ok=True)
         run.write_text(path, "".join(line + "\n" for line in outputs))
         rows.append(row | {"file": path.name})
@@ -256,7 +264,7 @@ def main(argv=None):
     _, data = open_data(o.data or trained.data, trained.translate)
     if data.meta["vocab_size"] != model.vocab_size:
         raise UserError(f"{folder} was not trained on this data: its vocabulary is {model.vocab_size}")
-    wanted = list(texts_to_translate(data, trained, o))
+    wanted, rules = list(texts_to_translate(data, trained, o)), rules_of(o, trained, model)
     context = run.autocast(device, trained.dtype)
     batches = batches_of(data, "val", trained, trained.accumulate).fixed(trained.eval_windows)
     found = {"options": json.loads(json.dumps(vars(o), default=str)), **run.environment(device),
@@ -269,14 +277,15 @@ def main(argv=None):
     depth["routed"] = np.array([n in trained.model.routed_blocks() for n in range(trained.model.n_layer)])
     depth["rule"] = np.array(named.replace(":", " ") + ", causal routing" * bool(depth["routed"].any()))
     run.write_atomically(folder / "depth.npz", lambda f: np.savez_compressed(f, **depth))
-    if o.search:
+    if o.search and trained.model.exits == "all":
         found["search"] = search_thresholds(model, batches, o.search, context)
         for depth_, right, rule in found["search"]:
             print(f"search: exit {depth_:.2f}, right {right:.1%}: {rule}")
-    found["forced"] = forced(model, batches, rules_of(o, trained), trained, context, o)
+        rules += [rule for *_, rule in found["search"]]     # confirmed by reading and translating for real
+    found["forced"] = forced(model, batches, rules, trained, context, o)
     for name, lines, references in wanted:
         found["translated"][name] = translate_split(model, trained, data.encoding, name, lines, references,
-                                                    data.meta["tokenize"], folder, o)
+                                                    data.meta["tokenize"], folder, o, rules)
         run.write_text(folder / "evaluation.json", json.dumps(found, indent=1) + "\n")
     run.write_text(folder / "evaluation.json", json.dumps(found, indent=1) + "\n")
     print(f"wrote {folder}/evaluation.json and {folder}/depth.npz")

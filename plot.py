@@ -4,8 +4,10 @@
     figures/depth.png     how many tokens left at each exit, and how many blocks tokens ran
     figures/router.png    the router's weights, by block
     figures/loss.png      loss of every exit over training, top-k and causal
+    figures/frontier.png  quality of the rules that evaluate.py compared, against mean exit
     figures/text.png      the last sample or translation, coloured by the blocks that wrote each token
 """
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +123,34 @@ def draw_router(depth):
     return fig
 
 
+def draw_frontier(evaluation):
+    """Loss, and BLEU on each split, against mean exit: a line for the fixed exits, the others with their
+    threshold, random exits and oracle as marks. None if only one rule was measured."""
+    panels = {"loss on validation text": (evaluation.get("forced", []), "loss")}
+    panels |= {f"BLEU on {split}": (rows, "bleu") for split, rows in evaluation["translated"].items()
+               if "bleu" in rows[0]}
+    if max(len(rows) for rows, _ in panels.values()) < 2:
+        return None
+    fig, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4), squeeze=False)
+    for ax, (title, (rows, key)) in zip(axes[0], panels.items(), strict=True):
+        kinds = {}
+        for r in rows:
+            kind = r["rule"].partition(":")[0].replace("full", "fixed")
+            kinds.setdefault(kind, []).append((r["exit"], r[key], r["rule"].partition(":")[2]))
+        for kind, points in kinds.items():
+            x, y, labels = zip(*sorted(points), strict=True)
+            mark = {"fixed": "o-", "random": "x", "oracle": "*:"}.get(kind, "s--")
+            line, = ax.plot(x, y, mark, ms=9 if kind == "oracle" else 5, mfc="none", label=kind)
+            for a, b, label in zip(x, y, labels, strict=True):
+                if kind not in ("fixed", "random"):
+                    ax.annotate(label[:12], (a, b), (4, 5), textcoords="offset points", fontsize=8,
+                                color=line.get_color())
+        ax.set(title=title, xlabel="exit (mean over tokens)")
+        ax.grid(color="#e6e6e6")
+    axes[0][-1].legend(frameon=False, fontsize=9)
+    return fig
+
+
 def laid_out(sample, encoding, columns):
     """sample.npz -> [(row, column, string, blocks run or None)]; translations stand below their sources."""
     found, row = [], 0
@@ -200,6 +230,9 @@ def main(argv=None):
         figures["depth"] = draw_depth(depth)
         if depth["routed"].any():
             figures["router"] = draw_router(depth)
+        if (folder / "evaluation.json").is_file():
+            evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
+            figures["frontier"] = draw_frontier(evaluation)
         if (folder / "sample.npz").is_file():
             with np.load(folder / "sample.npz") as archive:
                 figures["text"] = draw_text(dict(archive), load_tokenizer(folder / "tokenizer.json"))

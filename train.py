@@ -51,21 +51,13 @@ def aligned(model, batch, scale, options):
             ends.append(imitation_loss(visit, batch.live) * scale * options.imitation)
             gradients.append(None)
     if model.halting:
-        exit_at = oracle(torch.stack(nats, -1), torch.stack(right, -1), batch.there, options)
+        exit_at = run.oracle(torch.stack(nats, -1), torch.stack(right, -1), batch.there, options)
         lost = model.halting.loss(states, past and past[0].source, exit_at, batch.there)
         ends.append(lost * scale * options.alpha)
         gradients.append(None)
     with torch.autocast(batch.ids.device.type, enabled=False):  # backward keeps the types of forward
         torch.autograd.backward(ends, gradients)
     return torch.stack([lost.sum() for lost in nats])
-
-
-def oracle(nats, right, there, options):
-    """The exits that the options' oracle wants: nats, right (B,T,N), there (B,T) -> exit_at (B,T) [DAT 3]."""
-    score = -nats if options.oracle == "likelihood" else right.to(nats.dtype)
-    if options.model.halting == "sequence":
-        return exits.sequence_oracle(score, there, options.exit_cost)
-    return exits.token_oracle(score, there, options.exit_cost, options.sigma)
 
 
 def mixed(model, batch, scale, options):
@@ -101,7 +93,7 @@ def halting(model, batch, scale, options):
         logits = [model.classifiers(n, h) for n, h in enumerate(states, 1)]
         nats = torch.stack([exits.nats(x, batch.targets) for x in logits], -1)
         right = torch.stack([x.argmax(-1) == batch.targets for x in logits], -1)
-        exit_at = oracle(nats, right, batch.there, options)
+        exit_at = run.oracle(nats, right, batch.there, options)
     lost = model.halting.loss(states, past and past[0].source, exit_at, batch.there)
     with torch.autocast(batch.ids.device.type, enabled=False):
         (lost * scale * options.alpha).backward()

@@ -123,6 +123,9 @@ def test_options_of_the_other_kind_are_refused(copy, finished, pairs, dataset, c
     assert "reads at most 32" in no(sample.main, "--run", copy, "--prompt", "otter " * 40)
     assert "at least 1" in no(sample.main, "--run", copy, "--beam", 0)
     assert "at least 1" in no(evaluate.main, "--run", copy, "--batch", 0)
+    for rule, said in {"learned": "no predictor of exits", "confidence:.5,.5": "one threshold or 3",
+                       "oracle:-1": "at least 0", "oracle:x": "at least 0", "fixed:9": "from 1 to 4"}.items():
+        assert said in no(evaluate.main, "--run", copy, "--rules", "full", rule)
     out = ["--out", tmp_path / "runs", "--data"]
     said = no(script.main, *out, pairs, "--translate", "en-de")
     assert "has the languages aa and bb; use aa-bb or bb-aa" in said
@@ -228,6 +231,48 @@ def test_an_experiment_goes_on_point_by_point(pairs, tmp_path, monkeypatch, caps
     assert table.count("--classifier separate") == 1
     assert (folder / "figure.png").stat().st_size > 5000 and len(list(folder.glob("tied.test.*.txt"))) == 5
     assert "there are tied, separate" in refused(capsys, reproduce.main, *words, "--points", "x")
+
+
+def test_learning_where_to_exit_after_training(translator, copy, pairs, tmp_path, capsys):
+    """A second stage that forgets the first, moves the trunk, or whose predictor nobody asks."""
+    words = ["--init", str(translator), "--data", str(pairs), "--out", str(tmp_path / "r"), "--device", "cpu",
+             "--steps", "40", "--lr", "0.05", "--warmup", "2", "--eval_every", "40", "--batch_tokens", "256"]
+    script.main([*words, "--halting", "geometric", "--objective", "halting", "--oracle", "likelihood"])
+    [folder] = (tmp_path / "r").iterdir()
+    old, new = (run.open_run(f, device="cpu")[3].state_dict() for f in (translator, folder))
+    assert all(torch.equal(w, new[k]) for k, w in old.items()) and len(new) > len(old)
+    capsys.readouterr()
+    evaluate.main(["--run", str(folder), "--search", "200", "--rules", "learned:0", "learned", "learned:1",
+                   "full", "fixed:1", "random", "oracle:0.1", "oracle:0", "confidence:0.5"])
+    found = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    rows = {r["rule"]: r for r in found["forced"]}
+    assert rows["learned:0"]["loss"] == pytest.approx(rows["fixed:1"]["loss"])
+    assert rows["learned:1"]["loss"] == pytest.approx(rows["full"]["loss"])
+    assert 1 < rows["learned"]["exit"] < 4 and 1.5 < rows["random"]["exit"] < 3.5
+    assert rows["oracle:0"]["loss"] <= min(r["loss"] for r in rows.values())
+    assert rows["oracle:0.1"]["exit"] < rows["oracle:0"]["exit"]
+    assert found["search"] and "search: exit" in capsys.readouterr().out
+    assert found["search"][0][2].count(",") == 2 and found["search"][0][2] in rows
+    evaluate.main(["--run", str(folder), "--rules", "fixed:1", "learned", "--missing", "compute"])
+    found = {r["rule"]: r for r in json.loads((folder / "evaluation.json").read_text("utf-8"))["forced"]}
+    assert found["fixed:1"]["loss"] == pytest.approx(rows["fixed:1"]["loss"])
+    assert found["learned"]["mflops_paper"] > rows["learned"]["mflops_needed"]
+    script.main([*words, "--halting", "token", "--alpha", "0.5"])       # into the model, as the paper does
+    other = max((tmp_path / "r").iterdir())
+    assert not equal(old["wte.weight"], run.open_run(other, device="cpu")[3].state_dict()["wte.weight"])
+    said = refused(capsys, script.main, *words, "--n_layer", "3", "--halting", "token")
+    assert "has another model" in said
+
+
+def test_mixed_training_from_the_command_line(pairs, tmp_path, quiet):
+    """Losses of the exits that nobody drew, or a resume that draws other paths."""
+    extra = ["--objective", "mixed", "--paths", "2", "--save_every", "2"]
+    whole = trained(pairs, tmp_path / "a", *extra)
+    part = trained(pairs, tmp_path / "b", *extra, "--stop_at", 3)
+    script.main(["--resume", str(part)])
+    assert equal(weights(whole), weights(part))
+    first, last = (val_lines(whole)[i]["loss"]["top_k"] for i in (0, -1))
+    assert all(b < a for a, b in zip(first, last, strict=True))
 
 
 def test_the_inverse_square_root():

@@ -32,7 +32,8 @@ def test_the_default_run_ends_with_a_sample_and_figures(finished):
     files = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
     assert files == {"options.json", "tokenizer.json", "meta.json", "metrics.jsonl", "ckpt.pt", "depth.npz",
                      "sample.txt", "sample.npz", "evaluation.json", "figures/map.png", "figures/depth.png",
-                     "figures/router.png", "figures/loss.png", "figures/text.png"}
+                     "figures/router.png", "figures/loss.png", "figures/text.png",
+                     "figures/frontier.png"}
     for picture in finished.glob("figures/*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
     depth = np.load(finished / "depth.npz")
@@ -213,6 +214,19 @@ def test_bad_options(dataset, capsys, tmp_path):
     assert "would do nothing" in no("--routed", "none", "--capacity", "0.5")
     assert "would do nothing" in no("--exits", "last", "--exit_weights", "n")
     assert "would do nothing" in no("--causal", "router", "--predictor_width", "1")
+    assert "cannot train routed blocks" in no("--objective", "mixed")
+    assert "needs classifiers" in no("--exits", "last", "--tau", run.Options().tau, "--halting", "token")
+    assert "a GPT has none" in no("--halting", "sequence")
+    assert "needs --halting" in no("--objective", "halting") and "--init" in no(
+        "--objective", "halting", "--halting", "token")
+    assert "no run" in no("--init", "nowhere") and "no other to route" in no("--share_blocks", "True")
+    assert "draws one" in no("--objective", "mixed", "--routed", "none", "--halting", "binary")
+    for words in (["--sigma", 1], ["--alpha", 2], ["--exit_cost", 1], ["--oracle", "likelihood"],
+                  ["--paths", 2]):
+        assert "would do nothing" in no(*words)
+    for words in (["--sigma", -1], ["--exit_cost", -0.1], ["--gradient_scale", -1], ["--alpha", "nan"]):
+        assert "must be from" in no(*words)
+    assert "would do nothing" in no("--halting", "token", "--share_halting", "True")
     assert "not in 0..3" in no("--routed", "1,7") and "--routed" in no("--routed", "sometimes")
     assert "even multiple of" in no("--n_head", "3") and "must be from 1" in no("--steps", "-4")
     for option, value in {"seed": -1, "beta1": 1, "lr": "nan", "lr_end": -5, "weight_decay": -1, "tau": 2,
