@@ -45,8 +45,8 @@ CONFIDENCE = ("confidence:0.3", "confidence:0.5", "confidence:0.7", "confidence:
 
 
 def dat_points(scale):
-    """The thresholds of a learned exit are operating points of one predictor; vectors of confidence thresholds
-    are searched on the validation set, and the test set is read once."""
+    """The thresholds of a learned exit are operating points of one predictor; vectors of confidence
+    thresholds are searched on the validation set, and the test set is read once."""
     name, direction, tests = "multi30k", "en-de", ["test_2016_flickr"]
     if scale == "paper":
         name, direction, tests = "iwslt14", "de-en", ["test"]
