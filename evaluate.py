@@ -260,6 +260,8 @@ def main(argv=None):
     o = run.parse(argv, Options)
     if o.beam < 1 or o.batch < 1:
         raise UserError("--beam and --batch must be at least 1")
+    if o.search < 0:
+        raise UserError("--search is a number of draws; 0 searches nothing")
     folder, trained, device, model = run.open_run(o.run, o.out, o.device)
     _, data = open_data(o.data or trained.data, trained.translate)
     if data.meta["vocab_size"] != model.vocab_size:

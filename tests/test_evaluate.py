@@ -123,6 +123,7 @@ def test_options_of_the_other_kind_are_refused(copy, finished, pairs, dataset, c
     assert "reads at most 32" in no(sample.main, "--run", copy, "--prompt", "otter " * 40)
     assert "at least 1" in no(sample.main, "--run", copy, "--beam", 0)
     assert "at least 1" in no(evaluate.main, "--run", copy, "--batch", 0)
+    assert "number of draws" in no(evaluate.main, "--run", copy, "--search", -1)
     for rule, said in {"learned": "no predictor of exits", "confidence:.5,.5": "one threshold or 3",
                        "oracle:-1": "at least 0", "oracle:x": "at least 0", "fixed:9": "from 1 to 4"}.items():
         assert said in no(evaluate.main, "--run", copy, "--rules", "full", rule)
