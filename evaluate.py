@@ -28,7 +28,7 @@ import exits
 import run
 from data.batches import batches_of, open_data
 from data.common import UserError, command, token_bytes
-from data.parallel import direction, read_lines, sentence, sentence_ids
+from data.parallel import direction, read_lines, sentence, source_ids
 from decode import read, score, translate
 from routing import ROUTES, causal
 
@@ -209,13 +209,7 @@ def measured(texts, sources, model, name, missing):
 
 def translate_split(model, trained, encoding, name, lines, references, tokenize, folder, o, rules):
     """The rules on one list of sentences -> rows for evaluation.json; prints a table."""
-    sources, rows = [sentence_ids(encoding, line) for line in lines], []
-    for n, (line, ids) in enumerate(zip(lines, sources, strict=True), 1):
-        if not line.strip():
-            raise UserError(f"{name}: line {n} is empty")
-        if len(ids) > model.config.block_size:
-            raise UserError(f"{name}: line {n} has {len(ids)} tokens, the model reads at most "
-                            f"{model.config.block_size}")
+    sources, rows = source_ids(encoding, lines, model.config.block_size, name), []
     print(f"\n{name}, {len(lines)} sentences, beam {o.beam}\n"
           "| rule | BLEU | exit | blocks | MFLOPs a sentence: paper | needed | time |\n" + "|---" * 7 + "|")
     for label in (r for r in rules if not r.startswith("oracle")):

@@ -14,7 +14,7 @@ import numpy as np
 
 import run
 from data.common import EOT, UserError, command, load_tokenizer
-from data.parallel import sentence, sentence_ids
+from data.parallel import sentence, source_ids
 from decode import generate, translate
 
 SHADES = (153, 159, 158, 157, 193, 229, 223, 217, 210, 203)     # of the 256 terminal colours: shallow to deep
@@ -122,13 +122,8 @@ def continuations(model, encoding, text, rule, options):
 
 def translations(model, encoding, text, rule, options):
     """Sentences, one a line -> (the sentences, their best Generated)."""
-    lines, room = [line.strip() for line in text.strip().split("\n")], model.config.block_size
-    sources = [sentence_ids(encoding, line) for line in lines]
-    for n, (line, ids) in enumerate(zip(lines, sources, strict=True), 1):
-        if not line:
-            raise UserError(f"line {n} of the prompt is empty: give a sentence to translate")
-        if len(ids) > room:
-            raise UserError(f"line {n} of the prompt has {len(ids)} tokens, the model reads at most {room}")
+    lines = [line.strip() for line in text.strip().split("\n")]
+    sources = source_ids(encoding, lines, model.config.block_size, "the prompt")
     return lines, translate(model, sources, encoding.eot_token, rule, options.beam, options.penalty)
 
 

@@ -38,6 +38,17 @@ def sentence_ids(encoding, line):
     return [*encoding.encode_ordinary(" " + line.strip()), encoding.eot_token]
 
 
+def source_ids(encoding, lines, longest, where):
+    """Sentences to translate -> their ids. UserError for one that is empty or longer than the model reads."""
+    found = [sentence_ids(encoding, line) for line in lines]
+    for n, (line, ids) in enumerate(zip(lines, found, strict=True), 1):
+        if not line.strip():
+            raise UserError(f"{where}: line {n} is empty, give a sentence to translate")
+        if len(ids) > longest:
+            raise UserError(f"{where}: line {n} has {len(ids)} tokens, the model reads at most {longest}")
+    return found
+
+
 def sentence(encoding, ids):
     """The inverse: ids, with or without EOT -> one line of text."""
     text = encoding.decode([i for i in ids if i != encoding.eot_token])
