@@ -87,24 +87,32 @@ def dat_table(found):
                       f"{named[0]}; {r['signature']}"])
 
 
+def kind_of(rule):
+    """The line of the figure that a rule belongs to."""
+    kind, _, value = rule.partition(":")
+    return "searched thresholds" if "," in value else "fixed" if kind == "full" else kind
+
+
 def dat_figure(found):
-    """BLEU on the first test set against mean exit and against FLOPs: lines for the fixed exits, a mark for
-    every other rule with its threshold."""
-    fig, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
-    for (name, point), color in zip(found.items(), plt.cm.tab10(range(10)), strict=False):
+    """BLEU on the first test set against mean exit and against FLOPs: a line for the fixed exits of each model
+    and for each kind of rule, its threshold beside every point."""
+    fig, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
+    colors = iter(plt.cm.tab20(range(20)))
+    for name, point in found.items():
         rows = next(iter(point["evaluation"]["translated"].values()))
-        fixed = [r for r in rows if r["rule"].startswith(("fixed", "full"))]
-        for ax, x in zip(axes, ("exit", "mflops_needed"), strict=True):
-            ax.plot([r[x] for r in fixed], [r["bleu"] for r in fixed], "o-", ms=4, color=color, label=name)
-            others = [r for r in rows if r not in fixed]
-            ax.plot([r[x] for r in others], [r["bleu"] for r in others], "s:", ms=6, mfc="none", color=color)
-            for r in others:
-                ax.annotate(r["rule"].partition(":")[2] or r["rule"], (r[x], r["bleu"]), (4, -11),
-                            textcoords="offset points", fontsize=8, color=color)
-        axes[0].axhline(fixed[-1]["bleu"], lw=0.5, color=color) if len(fixed) == 1 else None
+        for kind in dict.fromkeys(kind_of(r["rule"]) for r in rows):
+            mine = sorted((r for r in rows if kind_of(r["rule"]) == kind), key=lambda r: r["exit"])
+            style = {"fixed": "o-", "random": "x"}.get(kind, "s:")
+            color = next(colors)
+            for ax, x in zip(axes, ("exit", "mflops_needed"), strict=True):
+                ax.plot([r[x] for r in mine], [r["bleu"] for r in mine], style, ms=5, mfc="none", color=color,
+                        label=name + f", {kind}" * (kind != "fixed"))
+                for r in mine if kind in ("confidence", "learned") else []:
+                    ax.annotate(r["rule"].partition(":")[2], (r[x], r["bleu"]), (4, -10), color=color,
+                                textcoords="offset points", fontsize=8)
     axes[0].set(xlabel="exit (mean over output tokens)", ylabel="BLEU")
-    axes[1].set(xlabel="decoder MFLOPs a sentence (copies counted where a later token needs them)")
-    axes[1].legend(frameon=False, fontsize=9)
+    axes[1].set(xlabel="decoder MFLOPs a sentence, copies counted where needed")
+    axes[1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     for ax in axes:
         ax.grid(color="#e6e6e6")
     return fig
