@@ -94,8 +94,8 @@ def kind_of(rule):
 
 
 def dat_figure(found):
-    """BLEU on the first test set against mean exit and against FLOPs: a line for the fixed exits of each model
-    and for each kind of rule, its threshold beside every point."""
+    """BLEU on the first test set against mean exit and against FLOPs: a line for the fixed exits of each
+    model and for each kind of rule, its threshold beside every point."""
     fig, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
     colors = iter(plt.cm.tab20(range(20)))
     for name, point in found.items():
