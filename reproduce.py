@@ -190,6 +190,9 @@ def measure(point, results, o):
              "training_seconds": round(training), "evaluation_seconds": round(evaluating),
              "metrics": [m for m in run.read_metrics(made) if m["kind"] == "val"],
              "evaluation": json.loads((made / "evaluation.json").read_text("utf-8"))}
+    for options in (found["options"], found["evaluation"]["options"]):
+        for place in ("out", "run", "init", "resume"):      # paths of this machine
+            options.pop(place, None)
     results.mkdir(parents=True, exist_ok=True)
     for path in sorted((made / "outputs").glob("*.txt")):
         shutil.copy(path, results / f"{point.name}.{path.name}")
