@@ -12,7 +12,6 @@
 Results: evaluation.json, depth.npz and the translations outputs/SPLIT.RULE.txt in the run's folder.
 """
 import json
-import math
 import re
 import time
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ import torch
 import cost
 import exits
 import run
-from data.batches import batches_of, open_data
-from data.common import UserError, command, token_bytes
+from data.batches import batches_of, bits_per_byte, open_data
+from data.common import UserError, command
 from data.parallel import direction, read_lines, sentence, source_ids
 from decode import read, score, translate
 from routing import ROUTES, causal
@@ -56,13 +55,11 @@ class Options(run.Halting):
 
 def losses(model, batches, encoding, context):
     """-> {routing rule: {"loss": nats per token of each exit, "bits_per_byte": of each exit}}."""
-    targets = torch.cat([b.targets[b.targets >= 0] for b in batches]).numpy()
-    size, found = token_bytes(encoding)[targets].sum(), {}
+    tokens, factor, found = sum(b.count for b in batches), bits_per_byte(batches, encoding), {}
     for name in ROUTES if model.config.routed != "none" else ["top_k"]:
         with context:
             sums = sum(score(model, b.to(model.wte.weight.device), ROUTES[name])[0].double() for b in batches)
-        found[name] = {"loss": (sums / len(targets)).tolist(),
-                       "bits_per_byte": (sums / math.log(2) / size).tolist()}
+        found[name] = {"loss": (sums / tokens).tolist(), "bits_per_byte": (sums / tokens * factor).tolist()}
     return found
 
 

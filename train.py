@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 import exits
 import run
-from data.batches import batches_of, open_data
-from data.common import UserError, command, token_bytes
+from data.batches import batches_of, bits_per_byte, open_data
+from data.common import UserError, command
 from decode import score
 from model import Tokens
 from routing import ROUTES, imitation_loss, report
@@ -259,12 +259,6 @@ def main(argv=None):
         print(f"stopped at step {t}, saved. Go on with: python train.py --resume {folder}")
         return
     finish(folder, options)
-
-
-def bits_per_byte(batches, encoding):
-    """The factor from nats per token to bits per byte on the targets of these batches."""
-    targets = torch.cat([b.targets[b.targets >= 0] for b in batches]).numpy()
-    return len(targets) / math.log(2) / token_bytes(encoding)[targets].sum()
 
 
 def describe(t, found):

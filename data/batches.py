@@ -5,13 +5,14 @@ with two methods: step(seed, t) -> Batch, and fixed(count) -> the same batches f
 """
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data.common import UserError, is_prepared, load_set
+from data.common import UserError, is_prepared, load_set, token_bytes
 from data.parallel import direction, load_pairs
 from routing import FAR
 
@@ -38,7 +39,7 @@ class Batch(NamedTuple):
     @property
     def live(self):
         """(B,T) bool, the tokens that are there; None if there is no padding, as in text."""
-        return self.pos < FAR if self.source else None
+        return self.there if self.source else None
 
     @property
     def there(self):
@@ -157,6 +158,12 @@ def batches_of(data, split, options, share=1):
         raise UserError(f"{split}.bin has {len(tokens)} tokens, but one window takes {T + 1}: give more data "
                         f"or a smaller --block_size")
     return Windows(tokens, T, options.batch // share)
+
+
+def bits_per_byte(batches, encoding):
+    """The factor from nats per token to bits per byte on the targets of these batches."""
+    targets = torch.cat([b.targets[b.targets >= 0] for b in batches]).numpy()
+    return len(targets) / math.log(2) / token_bytes(encoding)[targets].sum()
 
 
 def fill(rows, lengths, value):
