@@ -236,10 +236,10 @@ class Block(nn.Module):
 
 def initialise(modules, C):
     """Normal weights, zero biases. GPT-2's 0.02 is for a width of 768, and narrower needs more; the matrices
-    that add to the stream get less, by the root of their number."""
-    named = list(modules.named_parameters())
-    std, adds = 0.02 * math.sqrt(768 / C), sum(name.endswith("proj.weight") for name, _ in named)
-    for name, p in named:
+    that add to the stream get less, by the root of how often that happens (a shared block: L times)."""
+    every = modules.named_parameters(remove_duplicate=False)
+    std, adds = 0.02 * math.sqrt(768 / C), sum(name.endswith("proj.weight") for name, _ in every)
+    for name, p in modules.named_parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=std / math.sqrt(adds) if name.endswith("proj.weight") else std)
         elif name.endswith("bias"):

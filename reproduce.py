@@ -60,6 +60,7 @@ def dat_points(scale):
                                       "--search", "10000"]),
              Point("2-blocks", [*train, "--exits", "last", "--n_layer", "2"], [*bleu, "--rules", "full"]),
              Point("6-blocks", [*train, "--exits", "last"], [*bleu, "--rules", "full"]),
+             Point("shared", [*train, "--share_blocks", "True"], [*bleu, "--rules", *fixed, "full"]),
              Point("mixed", [*train, "--objective", "mixed"], [*bleu, "--rules", *fixed, "full", "random"])]
     for kind, oracle in (("geometric", "correctness"), ("geometric", "likelihood"), ("binary", "correctness"),
                          ("token", "correctness")):
