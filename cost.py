@@ -9,6 +9,7 @@
                  decides, else one
     router       2 C for the score and 2 (C + 1) hidden for the predictor of every   (MoD 3.5)
                  token that comes to a routed block
+    halting      2 C for each look at a state, 2 N C for token, 2 N Ce for sequence      2 d q, 2 N d
 
 The paper charges every copy ("paper"). If keys and values of copies are made only when a later token goes
 that deep, some are never made: the same count with those alone is "needed".
@@ -25,11 +26,12 @@ class Cost(NamedTuple):
     copies: float
     classifiers: float
     router: float
+    halting: float
     bytes: float
 
     @property
     def flops(self):
-        return sum(self[:5])
+        return sum(self[:6])
 
 
 def block_flops(C, inner, t, S=0):
@@ -42,39 +44,52 @@ def router_flops(C, hidden):
     return 2 * C + 2 * (C + 1) * hidden
 
 
-def copied(config, visited):
-    """visited (T,L) -> (T,L) bool, the keys and values that some later token needs of a copied state."""
-    dense = np.array([n not in config.routed_blocks() for n in range(config.n_layer)])
-    return dense & ~visited & np.logical_or.accumulate(visited[::-1])[::-1]
+def dense_blocks(config):
+    """(L,) bool."""
+    return np.array([n not in config.routed_blocks() for n in range(config.n_layer)])
 
 
-def decoding(config, vocab_size, visited, exit_at, confident=False, S=0, copies="paper", itemsize=4):
+def along(visited, dense, parent):
+    """Where every read of a tree finds itself: parent (R,) is the read before, -1 for a first one.
+    -> attended (R,L): tokens in a block's cache with this one if all pending ones are made when a token comes
+    that deep; pending (R,L): how many of them this read had to make."""
+    place, held = np.zeros((len(visited) + 1, 1), int), np.zeros((len(visited) + 1, visited.shape[1]), int)
+    for r, p in enumerate(parent):                                          # row -1: nothing was read yet
+        place[r] = place[p] + 1
+        held[r] = np.where(visited[r], np.where(dense, place[r], held[p] + 1), held[p])
+    attended = np.where(visited, held[:-1], 0)
+    return attended, np.where(visited & dense, attended - 1 - held[parent], 0)
+
+
+def decoding(config, vocab_size, visited, exit_at, decides="", S=0, copies="paper", itemsize=4, parent=None):
     """visited (T,L) bool and exit_at (T,) of one text, in order of reading -> Cost.
 
-    confident: classifiers were read until one was sure enough. S: source tokens, 0 for a GPT.
+    decides: what the exit rule looks at, "confidence", a kind of `exits.Halting`, or "" for nothing.
+    S: source tokens, 0 for a GPT. parent (T,): the read before each, -1 for the first, where several texts
+    that begin alike were read, as the hypotheses of a beam; None: one text.
     copies: "paper", "needed" for those that a later token attends to, or "computed": nothing is copied, the
     token runs the block after all when a later one goes that deep (decode.read, missing="compute").
     """
-    C, L, routed = config.n_embd, config.n_layer, config.routed_blocks()
-    inner, Ce = config.n_inner or 4 * C, config.enc_embd if S else 0
-    dense = np.array([n not in routed for n in range(L)])
+    C, L, V = config.n_embd, config.n_layer, vocab_size
+    inner, Ce, dense = config.n_inner or 4 * C, config.enc_embd if S else 0, dense_blocks(config)
     hidden = max(1, int(config.predictor_width * C)) if config.causal == "predictor" else 0
-    T = len(visited)
-    if copies == "computed":
-        visited = visited | copied(config, visited)
-    place = np.arange(1, T + 1)[:, None]
-    attended = np.where(dense, place, np.cumsum(visited, 0)) * visited                      # (T,L)
-    made = {"paper": dense & ~visited, "needed": copied(config, visited),
-            "computed": np.zeros_like(visited)}[copies]
-    came = ~dense & (exit_at[:, None] > np.arange(L))                                       # (T,L)
-    read = exit_at.sum() if confident else T                                                # classifiers
-    projections = visited.any(0).sum() * S                          # of source tokens, over blocks
-    weights = visited.sum() * block_flops(C, inner, 0, 0) / 2 + visited.sum() * (2 * C * C if S else 0)
-    weights += made.sum() * 2 * C * C + read * vocab_size * C + came.sum() * router_flops(C, hidden) / 2
-    weights += visited.any(0).sum() * 2 * C * Ce
-    cache = 2 * C * (attended.sum() + visited.sum() * S + (visited | made).sum() + projections)
-    parts = {"blocks": visited.sum() * block_flops(C, inner, 0, S) + 4 * C * attended.sum(),
-             "source": 4 * projections * C * Ce, "copies": 4 * C * C * made.sum(),
-             "classifiers": 2 * read * vocab_size * C, "router": came.sum() * router_flops(C, hidden),
-             "bytes": itemsize * (weights + cache)}
-    return Cost(**{name: float(value) for name, value in parts.items()})
+    attended, pending = along(visited, dense, np.arange(-1, len(visited) - 1) if parent is None else parent)
+    runs, seen, made = visited.sum(), attended.sum(), pending.sum()
+    if copies == "paper":
+        made = (dense & ~visited).sum()
+    if copies == "computed":    # the pending ones run too, each attending to all that came before it
+        before = attended - 1 - pending
+        runs, seen = runs + made, seen + (pending * before + pending * (pending + 1) // 2).sum()
+        made = 0
+    came = (~dense & (exit_at[:, None] > np.arange(L))).sum()
+    read = exit_at.sum() if decides == "confidence" else len(exit_at)                       # classifiers
+    looks = {"sequence": L * Ce / C, "token": L * len(exit_at)}.get(decides, 0)             # of C channels
+    looks = np.minimum(exit_at, L - 1).sum() if decides in ("geometric", "binary") else looks
+    blocks = visited.any(0).sum()
+    linear = {"blocks": runs * (block_flops(C, inner, 0) + (4 * C * C if S else 0)),
+              "source": 4 * blocks * C * Ce, "copies": 4 * C * C * made, "classifiers": 2 * read * V * C,
+              "router": came * router_flops(C, hidden), "halting": 2 * looks * C}
+    cache = 2 * C * (seen + runs * S + runs + made + blocks * S)
+    moved = itemsize * (sum(linear.values()) / 2 + cache)       # every weight once a token that it works for
+    parts = linear | {"blocks": linear["blocks"] + 4 * C * (seen + runs * S), "source": linear["source"] * S}
+    return Cost(**{name: float(value) for name, value in parts.items()}, bytes=float(moved))

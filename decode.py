@@ -209,18 +209,41 @@ def _rows(prompts, written, exits, visits):
 # ----------------------------------------------------------------------------- beam search
 
 
+class Reads:
+    """All that was read for one prompt, a tree whose paths are texts: read r, of one token, came after read
+    parent[r] (-1: it is the first), ran the blocks visited[r] (L,) and left after exit_at[r]."""
+
+    def __init__(self):
+        self.parent, self.exit_at, self.visited = [], [], []
+
+    def add(self, parent, exit_at, visited):
+        """-> the number of the new read."""
+        self.parent.append(parent)
+        self.exit_at.append(exit_at)
+        self.visited.append(visited)
+        return len(self.parent) - 1
+
+    def path(self, r):
+        """-> exit_at (T,), visited (T,L) of read r and of all that came before it, in order."""
+        way = []
+        while r >= 0:
+            way.append(r)
+            r = self.parent[r]
+        return (np.array([each[r] for r in reversed(way)]) for each in (self.exit_at, self.visited))
+
+
 class Hypothesis(NamedTuple):
-    """A text on its way: what was written after the prompt, and how its tokens were read, prompt included."""
+    """A text on its way."""
     total: float                # log-probability
-    written: tuple
-    exits: tuple
-    visits: tuple
+    written: tuple              # after the prompt
+    read: int                   # the last read, in the Reads of its prompt
 
 
 @torch.no_grad()
 def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=None, source=None,
                 missing="copy"):
-    """The `beam` best continuations of every prompt -> for each a list of Generated, best first.
+    """The `beam` best continuations of every prompt -> for each a list of Generated, best first, and the
+    Reads that all hypotheses took together.
 
     new: the most tokens to add, a number for each prompt. A step ranks all continuations of a prompt's live
     hypotheses by summed log-probability; those of the best `beam` that are `end` are done, and the best
@@ -228,7 +251,7 @@ def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=
     the best `beam` continuations count as they are. Finished hypotheses compare by log-probability /
     length^penalty, length being the tokens added, `end` included. beam=1 is greedy decoding.
 
-    Every hypothesis has its own exits; its rows of the cache and its records follow it when the beam turns.
+    Every hypothesis has its own exits; its rows of the cache follow it when the beam turns.
     """
     B, P, V = len(prompts), check_prompts(model, prompts, max(new)), model.vocab_size
     device = model.wte.weight.device
@@ -236,8 +259,12 @@ def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=
     ids, pos = pad(prompts, device)
     found = read(model, ids, pos, past, rule, route, missing)
     logits = found.logits[range(B), [len(p) - 1 for p in prompts]]
-    live = [[Hypothesis(0.0, (), tuple(e[:len(p)]), tuple(v[:len(p)]))] for p, e, v in
-            zip(prompts, found.exit_at.tolist(), found.visited.tolist(), strict=True)]
+    reads, live = [Reads() for _ in prompts], []
+    for b, how in enumerate(zip(found.exit_at.tolist(), found.visited.tolist(), strict=True)):
+        for r, one in enumerate(zip(*how, strict=True)):
+            if r < len(prompts[b]):
+                reads[b].add(r - 1, *one)
+        live.append([Hypothesis(0.0, (), len(prompts[b]) - 1)])
     going, done = list(range(B)), [[] for _ in prompts]
     for i in range(max(new)):
         totals = logits.new_tensor([[h.total for h in row] for row in live])            # (n,w)
@@ -263,9 +290,10 @@ def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=
         found = read(model, ids, pos, past, rule, route, missing)
         logits = found.logits[:, 0]
         how = iter(zip(found.exit_at[:, 0].tolist(), found.visited[:, 0].tolist(), strict=True))
-        live = [[h._replace(exits=(*h.exits, e), visits=(*h.visits, v))
-                 for h, (e, v) in zip(row, how, strict=False)] for row in live]
-    return [_ranked(p, ended, beam, penalty) for p, ended in zip(prompts, done, strict=True)]
+        live = [[h._replace(read=reads[b].add(h.read, *next(how))) for h in row]
+                for b, row in zip(going, live, strict=True)]
+    return [(_ranked(p, ended, each, beam, penalty), each)
+            for p, ended, each in zip(prompts, done, reads, strict=True)]
 
 
 def extend(hypotheses, totals, places, V, beam, end, last):
@@ -283,9 +311,9 @@ def extend(hypotheses, totals, places, V, beam, end, last):
     return done, on
 
 
-def _ranked(prompt, ended, beam, penalty):
+def _ranked(prompt, ended, reads, beam, penalty):
     """Finished hypotheses -> the best `beam` Generated, best first."""
-    texts = [Generated([*prompt, *h.written], len(prompt), np.array(h.exits), np.array(h.visits),
+    texts = [Generated([*prompt, *h.written], len(prompt), *reads.path(h.read),
                        h.total / len(h.written)**penalty) for h in ended]
     return sorted(texts, key=lambda g: -g.score)[:beam]
 
@@ -296,10 +324,11 @@ def longest(S, block_size):
 
 
 def translate(model, sources, end, rule, beam=5, penalty=1.0, route=causal, missing="copy"):
-    """Lists of source ids, `end` the last of each -> the best Generated of each; it begins with `end`."""
+    """Lists of source ids, `end` the last of each -> for each the best Generated, which begins with `end`,
+    and the Reads of its search."""
     device = model.wte.weight.device
     source = model.encode(*pad(sources, device))
     new = [longest(len(s), model.config.block_size) for s in sources]
     found = beam_search(model, [[end]] * len(sources), new, rule, beam, route, penalty, end, source,
                         missing)
-    return [texts[0] for texts in found]
+    return [(texts[0], reads) for texts, reads in found]

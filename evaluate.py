@@ -2,15 +2,16 @@
 
     always             loss and bits per byte of every exit; loss, mean exit and FLOPs of every fixed exit and
                        of the rule; how deep tokens go under the rule (depth.npz)
-    --rules RULE ...   these rules instead; also oracle:LAMBDA, the exits that the run's oracle picks knowing
-                       the right answer
-    --bleu SPLIT ...   translate these splits with the rules: BLEU, exit, FLOPs, time
+    --rules RULE ...   these rules instead; also oracle:KIND:LAMBDA:SIGMA, the exits that an oracle picks
+                       knowing the right answer (what is left out is as the run's own)
+    --bleu SPLIT ...   translate these splits with the rules: BLEU, exit, FLOPs of all hypotheses, time
     --source FILE      translate your own lines; with --reference FILE also BLEU
     --search 10000     find the best vector of thresholds for each depth among so many draws on the validation
                        text, and add them to the rules [DAT 3.2]
 
 Results: evaluation.json, depth.npz and the translations outputs/SPLIT.RULE.txt in the run's folder.
 """
+import dataclasses
 import json
 import re
 import time
@@ -81,12 +82,23 @@ def under_rule(model, batches, name, trained, context, missing):
 
 
 def rule_for(model, batch, name, trained):
-    """The named rule; for oracle:LAMBDA the exits that are best for this very batch."""
+    """The named rule; for an oracle the exits that are best for this very batch."""
     if not name.startswith("oracle"):
         return run.rule_of(name, trained, model)
     nats, right, _ = exit_scores(model, batch)
-    price = name.partition(":")[2]
-    return exits.chosen(run.oracle(nats, right, batch.there, trained, float(price) if price else None))
+    return exits.chosen(run.oracle(nats, right, batch.there, oracle_of(name, trained)))
+
+
+def oracle_of(name, trained):
+    """oracle[:KIND][:LAMBDA[:SIGMA]] -> the run's Options with these in place of its own."""
+    parts = re.fullmatch(r"oracle(?::(correctness|likelihood))?(?::(\d*\.?\d+)(?::(\d*\.?\d+))?)?", name)
+    if trained.model.exits != "all" or not parts:
+        raise UserError(f"--rules {name}: an oracle chooses among exits (--exits all) by correctness or by "
+                        "likelihood; then come what it pays for a block and its sigma, both at least 0, as "
+                        "in oracle:likelihood:0.1:2")
+    names = ("oracle", "exit_cost", "sigma")
+    given = {n: n == "oracle" and v or float(v) for n, v in zip(names, parts.groups(), strict=True) if v}
+    return dataclasses.replace(trained, **given)
 
 
 def exit_scores(model, batch):
@@ -102,12 +114,10 @@ def exit_scores(model, batch):
 def rules_of(o, trained, model):
     """The rules to compare: those asked for, or every fixed exit and the one rule."""
     for name in o.rules:
-        kind, _, price = name.partition(":")
-        if kind != "oracle":
-            run.rule_of(name, trained, model)       # complains before anything is measured
-        elif trained.model.exits != "all" or not re.fullmatch(r"(\d+\.?\d*|\.\d+)?", price):
-            raise UserError(f"--rules {name}: an oracle chooses among exits (--exits all) and takes what it "
-                            f"pays for a block, at least 0, such as oracle:0.1")
+        if name.startswith("oracle"):               # either complains before anything is measured
+            oracle_of(name, trained)
+        else:
+            run.rule_of(name, trained, model)
     if o.rules:
         return list(o.rules)
     fixed = []
@@ -124,7 +134,7 @@ def forced(model, batches, names, trained, context, o):
     for name in names:
         found = under_rule(model, batches, name, trained, context, o.missing)
         there = found["targets"] >= 0
-        each = [cost_of(model, *(found[k][w, there[w]] for k in ("visited", "exit_at")), name, S, o.missing)
+        each = [cost_of(model, {k: found[k][w, there[w]] for k in ("visited", "exit_at")}, name, S, o.missing)
                 for w, S in enumerate(s for b in batches for s in b.sources())]
         rows.append({"rule": name, "loss": float(found["nats"][there].mean()),
                      "right": float(found["right"][there].mean()),
@@ -168,7 +178,7 @@ def widen(array, T, value):
 
 
 def translations(model, sources, end, rule, o):
-    """Lists of source ids -> their best Generated in the same order, and the seconds that took."""
+    """Lists of source ids -> (best Generated, Reads) of each in the same order, and the seconds that took."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     found, began = {}, time.perf_counter()
     for first in range(0, len(order), o.batch):
@@ -184,23 +194,26 @@ def bleu(lines, references, tokenize):
     return metric.corpus_score(lines, [references]).score, str(metric.get_signature())
 
 
-def cost_of(model, visited, exit_at, name, S, missing):
-    """MFLOPs of one text by both accountings."""
+def cost_of(model, read, name, S, missing):
+    """MFLOPs of what was read (`visited`, `exit_at` and perhaps `parent`) by both accountings."""
     both = ("computed", "computed") if missing == "compute" else ("paper", "needed")
-    confident = name.startswith("confidence")
-    return [cost.decoding(model.config, model.vocab_size, visited, exit_at, confident, S, copies).flops / 1e6
-            for copies in both]
+    kind = name.partition(":")[0]
+    decides = {"confidence": kind, "learned": model.config.halting}.get(kind, "")
+    visited, exit_at, parent = np.array(read["visited"]), np.array(read["exit_at"]), read.get("parent")
+    return [cost.decoding(model.config, model.vocab_size, visited, exit_at, decides, S, copies,
+                          parent=parent).flops / 1e6 for copies in both]
 
 
 def mean_of(each):
     return dict(zip(("mflops_paper", "mflops_needed"), np.mean(each, 0).tolist(), strict=True))
 
 
-def measured(texts, sources, model, name, missing):
-    """The texts that were kept: mean exit and blocks run of a token, FLOPs of a sentence both ways."""
-    exit_at, blocks = (np.concatenate([getattr(t, k) for t in texts]) for k in ("exit_at", "visited"))
-    each = [cost_of(model, t.visited, t.exit_at, name, len(s), missing)
-            for t, s in zip(texts, sources, strict=True)]
+def measured(found, sources, model, name, missing):
+    """Mean exit and blocks of the tokens that were kept; FLOPs of a sentence both ways, all hypotheses."""
+    exit_at = np.concatenate([text.exit_at for text, _ in found])
+    blocks = np.concatenate([text.visited for text, _ in found])
+    each = [cost_of(model, vars(reads), name, len(s), missing) for (_, reads), s in
+            zip(found, sources, strict=True)]
     return {"exit": float(exit_at.mean()), "blocks": float(blocks.sum(1).mean()), **mean_of(each)}
 
 
@@ -208,12 +221,13 @@ def translate_split(model, trained, encoding, name, lines, references, tokenize,
     """The rules on one list of sentences -> rows for evaluation.json; prints a table."""
     sources, rows = source_ids(encoding, lines, model.config.block_size, name), []
     print(f"\n{name}, {len(lines)} sentences, beam {o.beam}\n"
-          "| rule | BLEU | exit | blocks | MFLOPs a sentence: paper | needed | time |\n" + "|---" * 7 + "|")
+          "| rule | BLEU | exit | blocks | MFLOPs a sentence, all hypotheses: paper | needed | seconds |\n"
+          + "|---" * 7 + "|")
     for label in (r for r in rules if not r.startswith("oracle")):
         rule = run.rule_of(label, trained, model)
-        texts, seconds = translations(model, sources, encoding.eot_token, rule, o)
-        outputs = [sentence(encoding, t.ids) for t in texts]
-        row = {"rule": label, **measured(texts, sources, model, label, o.missing), "seconds": seconds}
+        best, seconds = translations(model, sources, encoding.eot_token, rule, o)
+        outputs = [sentence(encoding, text.ids) for text, _ in best]
+        row = {"rule": label, **measured(best, sources, model, label, o.missing), "seconds": seconds}
         if references is not None:
             row["bleu"], row["signature"] = bleu(outputs, references, tokenize)
         path = folder / "outputs" / f"{name}.{label.replace(':', '-').replace(',', '_')}.txt"

@@ -42,6 +42,15 @@ class Point(NamedTuple):
 
 
 CONFIDENCE = ("confidence:0.3", "confidence:0.5", "confidence:0.7", "confidence:0.9")
+THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+ORACLES = ["oracle:correctness:0.1", *(f"oracle:likelihood:{price}" for price in (0.02, 0.1, 0.3))]
+LEARNED = [     # predictor, oracle, trunk: left as it is, or trained with it; exit_cost if not 0.1
+    ("geometric", "correctness", "frozen"), ("geometric", "likelihood", "frozen"),
+    ("geometric", "likelihood", "frozen", 0.02), ("geometric", "likelihood", "frozen", 0.3),
+    ("geometric", "correctness", "into"), ("geometric", "likelihood", "into"),
+    ("binary", "correctness", "frozen"), ("binary", "likelihood", "frozen"),
+    ("token", "correctness", "frozen"), ("token", "likelihood", "frozen"),
+    ("sequence", "likelihood", "frozen", 1.0)]
 
 
 def dat_points(scale):
@@ -54,19 +63,20 @@ def dat_points(scale):
         "--batch_tokens 8192 --steps 6000 --warmup 1000".split() if scale == "gpu" else []
     train = [name, "--translate", direction, *more]
     fixed, bleu = [f"fixed:{e}" for e in range(1, 6)], ["--bleu", *tests]
-    second = "--objective halting --steps 300 --warmup 20 --lr 1e-2 --batch_tokens 4096 --eval_every 300 " \
-        "--save_every 300".split()
-    found = [Point("aligned", train, [*bleu, "--rules", *fixed, "full", "random", "oracle", *CONFIDENCE,
+    found = [Point("aligned", train, [*bleu, "--rules", *fixed, "full", "random", *ORACLES, *CONFIDENCE,
                                       "--search", "10000"]),
              Point("2-blocks", [*train, "--exits", "last", "--n_layer", "2"], [*bleu, "--rules", "full"]),
              Point("6-blocks", [*train, "--exits", "last"], [*bleu, "--rules", "full"]),
              Point("shared", [*train, "--share_blocks", "True"], [*bleu, "--rules", *fixed, "full"]),
              Point("mixed", [*train, "--objective", "mixed"], [*bleu, "--rules", *fixed, "full", "random"])]
-    for kind, oracle in (("geometric", "correctness"), ("geometric", "likelihood"), ("binary", "correctness"),
-                         ("token", "correctness")):
-        points = [f"learned:{t}" for t in (0.3, 0.5, 0.7)] if kind != "token" else ["learned"]
-        found.append(Point(f"{kind}-{oracle}", ["--halting", kind, "--oracle", oracle, *second],
-                           [*bleu, "--rules", *points], "aligned"))
+    second = "--steps 300 --warmup 20 --batch_tokens 4096 --eval_every 300 --save_every 300".split()
+    stages = {"frozen": [*second, "--objective", "halting", "--lr", "1e-2"],
+              "into": [*train, *second, "--lr", "5e-4", "--average", "1"]}
+    for kind, oracle, stage, *cost in LEARNED:
+        points = [f"learned:{t}" for t in THRESHOLDS] if kind in ("geometric", "binary") else ["learned"]
+        words = [*stages[stage], "--halting", kind, "--oracle", oracle, *(f"--exit_cost={c}" for c in cost)]
+        name_ = "-".join([kind, oracle, *map(str, cost)] + ["into"] * (stage == "into"))
+        found.append(Point(name_, words, [*bleu, "--rules", *points], "aligned"))
     found.append(Point("computed", [], [*bleu, "--missing", "compute", "--rules", *CONFIDENCE], "aligned"))
     return name, found
 
@@ -82,7 +92,7 @@ def dat_table(found):
             lines.append(f"| {name} | {r['rule']} | {bleu} | {r['exit']:.2f} | {r['blocks']:.2f} | "
                          f"{r['mflops_paper']:.1f} | {r['mflops_needed']:.1f} | {r['seconds']:.1f} |")
     head = f"| model | rule | {' | '.join(f'BLEU {s}' for s in named)} | exit | blocks | " \
-           "MFLOPs a sentence: paper | needed | seconds |"
+           "MFLOPs a sentence, all hypotheses: paper | needed | seconds |"
     return "\n".join(["", head, "|---" * head.count(" |") + "|", *lines, "",
                       f"exit, blocks, FLOPs and seconds (beam {point['evaluation']['options']['beam']}) on "
                       f"{named[0]}; {r['signature']}"])

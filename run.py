@@ -296,14 +296,12 @@ def rule_of(name, trained, model):
     return exits.random_exit(L)
 
 
-def oracle(nats, right, there, options, price=None):
-    """The exits that the options' oracle wants, at `price` a block (None: exit_cost): nats, right (B,T,N),
-    there (B,T) -> exit_at (B,T) [DAT 3]."""
+def oracle(nats, right, there, options):
+    """The exits that the options' oracle wants: nats, right (B,T,N), there (B,T) -> exit_at (B,T) [DAT 3]."""
     score = -nats if options.oracle == "likelihood" else right.to(nats.dtype)
-    price = options.exit_cost if price is None else price
     if options.model.halting == "sequence":
-        return exits.sequence_oracle(score, there, price)
-    return exits.token_oracle(score, there, price, options.sigma)
+        return exits.sequence_oracle(score, there, options.exit_cost)
+    return exits.token_oracle(score, there, options.exit_cost, options.sigma)
 
 
 # ----------------------------------------------------------------------------- device

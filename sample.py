@@ -124,7 +124,8 @@ def translations(model, encoding, text, rule, options):
     """Sentences, one a line -> (the sentences, their best Generated)."""
     lines = [line.strip() for line in text.strip().split("\n")]
     sources = source_ids(encoding, lines, model.config.block_size, "the prompt")
-    return lines, translate(model, sources, encoding.eot_token, rule, options.beam, options.penalty)
+    best = translate(model, sources, encoding.eot_token, rule, options.beam, options.penalty)
+    return lines, [text for text, _ in best]
 
 
 def show(rows, lines, encoding, L, title, color):

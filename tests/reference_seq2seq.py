@@ -1,7 +1,7 @@
 """The translator of DAT once more, one token at a time, to check the fast code against.
 
     DAT = Depth-Adaptive Transformer (arXiv 1910.10073): section 2.1 the decoder and its exits, 2.2 copied
-          states, 3.2 exit rules, appendix B costs; papers.md 1.5 beam search, 1.7 costs
+          states, 3.2 exit rules, appendix B costs; 4 beam search
 
 As in reference.py: float64 numpy, loops, nothing shared with the real code. The target side is `Reference`
 with one more step in every block; the encoder's weights are those of a `Reference` too, named `encoder.`.
@@ -91,12 +91,14 @@ def greedy(translator, source_ids, rule, end, longest):
     return written
 
 
-def beam(translator, source_ids, rule, end, longest, width, penalty):
-    """papers.md 1.5 (beam 4 or 5): [(score, written)], best first; score = log p / length^penalty."""
-    live, finished = [(0.0, ())], []
+def beam(translator, source_ids, rule, end, longest, width, penalty, read=None):
+    """DAT 4 (beam 4 or 5): [(score, written)], best first; score = log p / length^penalty. read: a list to
+    which every text that was read is added, once for its last token."""
+    live, finished, read = [(0.0, ())], [], [] if read is None else read
     for step in range(1, longest + 1):
         candidates = []
         for total, written in live:
+            read.append([end, *written])
             logp = next_log_probabilities(translator, source_ids, rule, end, written)
             for token in range(len(logp)):
                 candidates.append((total + float(logp[token]), (*written, token)))
@@ -132,7 +134,7 @@ def best_of_all(translator, source_ids, rule, end, longest, penalty, total=0.0, 
 
 
 def copies(visited, dense):
-    """papers.md 1.7: (T, L), where a copied state's key and value are used, by a later token that goes deep.
+    """DAT, appendix B: (T, L), where a copy's key and value are used, by a later token that goes deep.
 
     dense[n] says for each block whether it is dense; n counts from 0 here and in `flops`, as columns do.
     """

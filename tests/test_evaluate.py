@@ -125,7 +125,8 @@ def test_options_of_the_other_kind_are_refused(copy, finished, pairs, dataset, c
     assert "at least 1" in no(evaluate.main, "--run", copy, "--batch", 0)
     assert "number of draws" in no(evaluate.main, "--run", copy, "--search", -1)
     for rule, said in {"learned": "no predictor of exits", "confidence:.5,.5": "one threshold or 3",
-                       "oracle:-1": "at least 0", "oracle:x": "at least 0", "fixed:9": "from 1 to 4"}.items():
+                       "oracle:-1": "at least 0", "oracle:x": "at least 0",
+                       "oracle:1.2.3": "at least 0", "fixed:9": "from 1 to 4"}.items():
         assert said in no(evaluate.main, "--run", copy, "--rules", "full", rule)
     out = ["--out", tmp_path / "runs", "--data"]
     said = no(script.main, *out, pairs, "--translate", "en-de")
@@ -244,7 +245,8 @@ def test_learning_where_to_exit_after_training(translator, copy, pairs, tmp_path
     assert all(torch.equal(w, new[k]) for k, w in old.items()) and len(new) > len(old)
     capsys.readouterr()
     evaluate.main(["--run", str(folder), "--search", "200", "--rules", "learned:0", "learned", "learned:1",
-                   "full", "fixed:1", "random", "oracle:0.1", "oracle:0", "confidence:0.5"])
+                   "full", "fixed:1", "random", "oracle:0.1", "oracle:0", "confidence:0.5",
+                   "oracle:correctness:0", "oracle:likelihood:0.1:2"])
     found = json.loads((folder / "evaluation.json").read_text("utf-8"))
     rows = {r["rule"]: r for r in found["forced"]}
     assert rows["learned:0"]["loss"] == pytest.approx(rows["fixed:1"]["loss"])
@@ -252,6 +254,8 @@ def test_learning_where_to_exit_after_training(translator, copy, pairs, tmp_path
     assert 1 < rows["learned"]["exit"] < 4 and 1.5 < rows["random"]["exit"] < 3.5
     assert rows["oracle:0"]["loss"] <= min(r["loss"] for r in rows.values())
     assert rows["oracle:0.1"]["exit"] < rows["oracle:0"]["exit"]
+    assert rows["oracle:correctness:0"]["right"] >= max(r["right"] for r in rows.values())
+    assert rows["oracle:0.1"]["exit"] < rows["oracle:likelihood:0.1:2"]["exit"]     # a wider sigma
     assert found["search"] and "search: exit" in capsys.readouterr().out
     assert found["search"][0][2].count(",") == 2 and found["search"][0][2] in rows
     evaluate.main(["--run", str(folder), "--rules", "fixed:1", "learned", "--missing", "compute"])

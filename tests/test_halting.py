@@ -6,11 +6,11 @@ import pytest
 import reference_halting as naive
 import torch
 from conftest import texts, tiny, tiny_translator
+from reference_seq2seq import copies
 from test_equivalence import by_steps, close, same
 from test_equivalence import naive as loops_of
 from test_translation import END, loops, ragged, rows, search, unpadded
 
-import cost
 import decode
 import exits
 import train
@@ -117,7 +117,7 @@ def test_decoding_with_learned_exits_is_the_papers(kind, missing):
             assert np.array_equal(whole.exit_at[b], exit_at)
             close(whole.logits[b], logits)
             visited = whole.visited[b].numpy()
-            caught_up = visited | cost.copied(model.config, visited)
+            caught_up = visited | copies(visited, [True] * N)
             assert np.array_equal(visited if missing == "copy" else caught_up, ran)
             depths |= set(exit_at)
     assert len(depths) > 1
@@ -143,8 +143,8 @@ def test_every_hypothesis_has_its_own_exits(kind):
         model.halting.linear.bias.data -= logits.mean(0)
         logits = model.halting.of_source(model.encode(*decode.pad(sources, "cpu")))
         assert len(logits.argmax(-1).unique()) > 1
-    for (best, *_), source in zip(search(model, sources, exits.learned(model.halting), 3, [6, 6, 6]), sources,
-                                  strict=True):
+    found = search(model, sources, exits.learned(model.halting), 3, [6] * 3)
+    for ((best, *_), _), source in zip(found, sources, strict=True):
         checker = loops(model)
         checker.read(source)
         own = learned_in_loops(model, kind, checker.encode(source))

@@ -218,8 +218,10 @@ def test_beam_search_is_the_naive_one(model, rule, beam):
     different lengths in one batch that disturb each other."""
     sources, new, checked = rows(lengths=(7, 2, 5)), [6, 4, 5], loops(model)
     found = search(model, sources, rule, beam, new)
-    for source, longest, texts_ in zip(sources, new, found, strict=True):
-        expected = naive.beam(checked, source, in_loops(rule), END, longest, beam, 1.0)
+    for source, longest, (texts_, reads) in zip(sources, new, found, strict=True):
+        every = []
+        expected = naive.beam(checked, source, in_loops(rule), END, longest, beam, 1.0, every)
+        assert len(reads.parent) == len(every)
         assert [tuple(t.ids[1:]) for t in texts_] == [ids for _, ids in expected]
         close([t.score for t in texts_], [score for score, _ in expected])
         for text in texts_:
@@ -233,7 +235,7 @@ def test_a_wide_beam_finds_the_best_of_all(rule, penalty):
     for seed in range(3):
         model = tiny_translator(seed, vocab=5, routed="none" if seed else "odd")
         source = [1, 4, 2]
-        best = search(model, [source], rule, 4 * 4 * 4 * 5, [4], penalty)[0][0]
+        best = search(model, [source], rule, 4 * 4 * 4 * 5, [4], penalty)[0][0][0]
         score, ids = naive.best_of_all(loops(model), source, in_loops(rule), END, 4, penalty)
         assert tuple(best.ids[1:]) == ids
         close(best.score, score)
@@ -245,7 +247,8 @@ def test_beam_one_is_greedy(model, rule):
     found = search(model, sources, rule, 1, [8, 8, 8])
     source = model.encode(*decode.pad(sources, "cpu"))
     greedy = decode.generate(model, [[END]] * 3, 8, rule, temperature=0, end=END, source=source)
-    for (a,), b, ids in zip(found, greedy, sources, strict=True):
+    for ((a,), reads), b, ids in zip(found, greedy, sources, strict=True):
+        assert reads.parent == list(range(-1, len(a.ids) - 2))
         assert a.ids == b.ids and np.array_equal(a.exit_at, b.exit_at)
         assert np.array_equal(a.visited, b.visited)
         assert a.ids[1:] == naive.greedy(loops(model), ids, in_loops(rule), END, 8)
@@ -254,8 +257,8 @@ def test_beam_one_is_greedy(model, rule):
 def test_translating_a_batch_is_translating_its_rows(model, rule):
     sources = [r + [END] for r in rows()]
     together = decode.translate(model, sources, END, rule, beam=3)
-    for text, ids in zip(together, sources, strict=True):
-        alone = decode.translate(model, [ids], END, rule, beam=3)[0]
+    for (text, _), ids in zip(together, sources, strict=True):
+        (alone, _), = decode.translate(model, [ids], END, rule, beam=3)
         assert text.ids == alone.ids and np.array_equal(text.visited, alone.visited)
         assert len(text.ids) - 1 <= decode.longest(len(ids), model.config.block_size)
 
@@ -265,7 +268,8 @@ def test_beam_search_serves_prompts_of_a_gpt():
     from conftest import tiny
     model, prompts = tiny(), rows()
     found = decode.beam_search(model, prompts, [5, 5, 5], exits.full_depth, 2)
-    for (best, second), prompt in zip(found, prompts, strict=True):
+    for ((best, second), reads), prompt in zip(found, prompts, strict=True):
+        assert len(reads.parent) == len(prompt) + 2 * 4
         assert best.score > second.score and best.ids[:len(prompt)] == prompt
         assert len(best.ids) == len(prompt) + 5
         ids = torch.tensor([best.ids])
@@ -318,7 +322,7 @@ def test_flops_are_those_that_run(kind, rule):
     with Counter() as counted:
         read, _ = by_steps(model, ids, rule, source=source)
     found = cost.decoding(model.config, V, read.visited[0].numpy(), read.exit_at[0].numpy(),
-                          rule is RULES["confidence"], 7 if source else 0)
+                          "confidence" if rule is RULES["confidence"] else "", 7 if source else 0)
     assert found.flops == counted.flops > 0
 
 
@@ -330,10 +334,44 @@ def test_flops_are_the_papers(S, confident, copies):
     for seed in range(5):
         exit_at = np.random.default_rng(seed).integers(1, 5, 11)
         visited = np.arange(4) < exit_at[:, None]
-        found = cost.decoding(model.config, V, visited, exit_at, confident, S, copies)
+        decides = "confidence" if confident else ""
+        found = cost.decoding(model.config, V, visited, exit_at, decides, S, copies)
         expected = naive.flops(visited, exit_at, 16, 40, V, S, 12, [True] * 4, confident, copies == "needed")
         assert found.flops == expected and found.bytes > 0
-        assert np.array_equal(cost.copied(model.config, visited), naive.copies(visited, [True] * 4))
+        caught_up = visited | naive.copies(visited, [True] * 4)
+        computed = cost.decoding(model.config, V, visited, exit_at, decides, S, "computed")
+        expected = naive.flops(caught_up, exit_at, 16, 40, V, S, 12, [True] * 4, confident, True)
+        assert computed.flops == expected
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_flops_of_a_beam_are_those_of_every_token_it_read(rule, needed):
+    """Texts that begin alike and are charged twice, hypotheses that were dropped and not charged, the source
+    projected for each of them, copies that one hypothesis made and another did not."""
+    model, source, every = tiny_translator(routed="none"), rows(lengths=(6,))[0], []
+    (_, reads), = search(model, [source], rule, 3, [7])
+    naive.beam(loops(model), source, in_loops(rule), END, 7, 3, 1.0, every)
+    confident, expected, called = rule is RULES["confidence"], 0, set()
+    for ids in every:
+        _, exit_at, visited, _ = loops(model).decode(ids, in_loops(rule), source)
+        part = [naive.flops(visited[:T], exit_at[:T], 16, 40, V, 6, 0, [True] * 4, confident, needed)
+                for T in (len(ids) - 1, len(ids))]
+        expected += part[1] - part[0]
+        called |= set(range(exit_at[-1]))
+    found = cost.decoding(model.config, V, np.array(reads.visited), np.array(reads.exit_at),
+                          "confidence" if confident else "", 6, "needed" if needed else "paper",
+                          parent=reads.parent)
+    assert found.flops == expected + 4 * 6 * 16 * 12 * len(called)
+
+
+@pytest.mark.parametrize("kind, flops", [("sequence", 2 * 4 * 12), ("token", 3 * 2 * 4 * 16),
+                                         ("geometric", 2 * 16 * 7), ("binary", 2 * 16 * 7)])
+def test_flops_of_looking(kind, flops):
+    """Exits 1, 3 and 4 of 4: the last block asks nobody."""
+    model, exit_at = tiny_translator(routed="none"), np.array([1, 3, 4])
+    visited = np.arange(4) < exit_at[:, None]
+    found = [cost.decoding(model.config, V, visited, exit_at, decides, 5).flops for decides in (kind, "")]
+    assert found[0] - found[1] == flops
 
 
 def test_bytes_of_a_full_pass():
