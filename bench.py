@@ -154,7 +154,8 @@ def routed_part(o, device):
     times = in_turns({name: (lambda b=b: work(b)) for name, b in blocks.items()}, o.repeats, device)
     for c in capacities:
         k = kept(c, T)      # no saving is counted for the causal half
-        flops = (k * block_flops(C, 4 * C, k) + T * router_flops(C, C // 2)) / (T * block_flops(C, 4 * C, T))
+        flops = k * block_flops(C, 4 * C, k) + T * router_flops(GPTConfig(n_embd=C))
+        flops /= T * block_flops(C, 4 * C, T)
         yield row(f"routed block, capacity {c:g}, {T} tokens, width {C}: routed / dense",
                   flops, times, c, "dense")
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from routing import kept
+
 
 class Cost(NamedTuple):
     """FLOPs of reading one text token by token, by part; bytes moved at batch 1 (parameters and cache)."""
@@ -39,9 +41,19 @@ def block_flops(C, inner, t, S=0):
     return (12 if S else 8) * C * C + 4 * inner * C + 4 * (t + S) * C
 
 
-def router_flops(C, hidden):
-    """One token's score, and its predictor's logit if that has hidden units (0: the router decides)."""
-    return 2 * C + 2 * (C + 1) * hidden
+def router_flops(config):
+    """One token's score, and its predictor's logit if there is one; chance costs nothing."""
+    return 0 if config.router == "random" else 2 * config.n_embd + 2 * (config.n_embd + 1) * config.hidden
+
+
+def training(config, vocab_size, T):
+    """FLOPs of a GPT's training step on one sequence of T tokens: three forward passes, backward being two.
+    Attention counts all T keys for every query, and k of k in a routed block [MoD 3.2]."""
+    C, total, routed = config.n_embd, 0, config.routed_blocks()
+    for n in range(config.n_layer):
+        k = kept(config.capacity, T) if n in routed else T
+        total += k * block_flops(C, config.inner, k) + (T * router_flops(config) if n in routed else 0)
+    return 3 * (total + T * 2 * vocab_size * C * (config.n_layer if config.exits == "all" else 1))
 
 
 def dense_blocks(config):
@@ -71,8 +83,7 @@ def decoding(config, vocab_size, visited, exit_at, decides="", S=0, copies="pape
     token runs the block after all when a later one goes that deep (decode.read, missing="compute").
     """
     C, L, V = config.n_embd, config.n_layer, vocab_size
-    inner, Ce, dense = config.n_inner or 4 * C, config.enc_embd if S else 0, dense_blocks(config)
-    hidden = max(1, int(config.predictor_width * C)) if config.causal == "predictor" else 0
+    inner, Ce, dense = config.inner, config.enc_embd if S else 0, dense_blocks(config)
     attended, pending = along(visited, dense, np.arange(-1, len(visited) - 1) if parent is None else parent)
     runs, seen, made = visited.sum(), attended.sum(), pending.sum()
     if copies == "paper":
@@ -88,7 +99,7 @@ def decoding(config, vocab_size, visited, exit_at, decides="", S=0, copies="pape
     blocks = visited.any(0).sum()
     linear = {"blocks": runs * (block_flops(C, inner, 0) + (4 * C * C if S else 0)),
               "source": 4 * blocks * C * Ce, "copies": 4 * C * C * made, "classifiers": 2 * read * V * C,
-              "router": came * router_flops(C, hidden), "halting": 2 * looks * C}
+              "router": came * router_flops(config), "halting": 2 * looks * C}
     cache = 2 * C * (seen + runs * S + runs + made + blocks * S)
     moved = itemsize * (sum(linear.values()) / 2 + cache)       # every weight once a token that it works for
     parts = linear | {"blocks": linear["blocks"] + 4 * C * (seen + runs * S), "source": linear["source"] * S}

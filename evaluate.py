@@ -275,6 +275,7 @@ def main(argv=None):
     context = run.autocast(device, trained.dtype)
     batches = batches_of(data, "val", trained, trained.accumulate).fixed(trained.eval_windows)
     found = {"options": json.loads(json.dumps(vars(o), default=str)), **run.environment(device),
+             "parameters": sum(p.numel() for p in model.parameters()),
              "val": losses(model, batches, data.encoding, context), "translated": {}}
     for route, each in found["val"].items():
         print(f"val, {route}: loss by exit " + " ".join(f"{v:.3f}" for v in each["loss"])

@@ -19,6 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from routing import mixed_bits
+
 CHUNK = 2**22  # logits alive at a time while training (16 MB in fp32): reused memory instead of fresh pages
 
 
@@ -231,10 +233,8 @@ def random_exit(N, seed=0):
     of (seed, row, position)."""
     def rule(seen):
         row = torch.arange(len(seen.pos), device=seen.pos.device).unsqueeze(1)
-        x = (seen.pos * 73_856_093 + row * 19_349_663 + seed * 83_492_791) & 0xFFFFFFFF
-        for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B), (16, 1)):       # mixes the bits
-            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-        return x % N + 1 <= seen.n
+        bits = mixed_bits(seen.pos * 73_856_093 + row * 19_349_663 + seed * 83_492_791)
+        return bits % N + 1 <= seen.n
     return rule
 
 

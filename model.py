@@ -39,9 +39,22 @@ class GPTConfig:
     share_blocks: bool = False                          # one block, run n_layer times
     routed: str = "odd"                                 # none, odd, even, all, or numbers from 0: "1,3" [MoD]
     capacity: float = 0.125                             # share of the tokens that a routed block runs
-    gate: Literal["raw", "sigmoid"] = "raw"             # r or sigmoid(r) times the block's update
+    router: Literal["learned", "random"] = "learned"    # random: the control, scores that look at nothing
+    gate: Literal["raw", "sigmoid", "one"] = "raw"      # r, sigmoid(r) or (random only) 1 times the update
     causal: Literal["predictor", "router"] = "predictor"    # what decides at sampling
     predictor_width: float = 0.5                        # the predictor's hidden units, as a share of n_embd
+
+    @property
+    def inner(self):
+        """Hidden units of a block's MLP."""
+        return self.n_inner or 4 * self.n_embd
+
+    @property
+    def hidden(self):
+        """Hidden units of the predictor beside each router, 0 for none."""
+        if self.router == "random" or self.causal == "router":
+            return 0
+        return max(1, int(self.predictor_width * self.n_embd))
 
     def routed_blocks(self):
         """`routed` as a set of block numbers from 0. Raises ValueError if it is not understood."""
@@ -256,12 +269,12 @@ class GPT(nn.Module):
         C, L, routed = config.n_embd, config.n_layer, config.routed_blocks()
         self.wte = nn.Embedding(vocab_size, C)
         self.drop = nn.Dropout(config.dropout)
-        blocks = [Block(C, config.n_head, config.block_size, config.n_inner, config.dropout, Ce)
+        blocks = [Block(C, config.n_head, config.block_size, config.inner, config.dropout, Ce)
                   for _ in range(1 if config.share_blocks else L)]
         blocks = blocks * (L // len(blocks))
         for n in routed:
-            blocks[n] = Routed(blocks[n], C, config.capacity, config.gate, config.causal,
-                               hidden=max(1, int(config.predictor_width * C)))
+            blocks[n] = Routed(blocks[n], C, config.capacity, config.gate, config.hidden,
+                               n if config.router == "random" else None)
         self.blocks = nn.ModuleList(blocks)
         self.classifiers = Classifiers(range(1, L + 1) if config.exits == "all" else [L], C, vocab_size,
                                        self.wte.weight if config.classifier == "tied" else None)

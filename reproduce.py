@@ -7,15 +7,20 @@ was interrupted goes on from its checkpoint: give the same command again. Kept i
     table.md, figure.png        drawn from the JSON files alone
     POINT.SPLIT.RULE.txt        what was translated
 
-    dat     Depth-Adaptive Transformer: every exit of an aligned model, models of fewer blocks, mixed
-            training, learned exits and confidence thresholds, copied and computed states [DAT 2, 3; table 1]
+    dat         Depth-Adaptive Transformer: every exit of an aligned model, models of fewer blocks, mixed
+                training, learned exits and confidence, copied and computed states [DAT 2, 3; table 1]
+    mod-isoflop Mixture-of-Depths: equal training FLOPs for a dense model, MoD at several capacities and the
+                random control, in several sizes; three seeds for the best of each arm [MoD 4.1, figure 3]
 """
+import dataclasses
 import importlib
 import json
+import math
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,10 +29,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import tyro
 
+import cost
 import run
 from data.common import UserError, command, is_prepared
+from model import GPTConfig
 
 # ----------------------------------------------------------------------------- experiments
 
@@ -53,32 +61,38 @@ LEARNED = [     # predictor, oracle, trunk: left as it is, or trained with it; e
     ("sequence", "likelihood", "frozen", 1.0)]
 
 
-def dat_points(scale):
+def dat_data(scale):
+    """-> the folder under data/, the set that it is prepared as, and words for its prepare.py."""
+    name = "iwslt14" if scale == "paper" else "multi30k"
+    return name, name, []
+
+
+def dat_points(scale, found):
     """The thresholds of a learned exit are operating points of one predictor; vectors of confidence
     thresholds are searched on the validation set, and the test set is read once."""
-    name, direction, tests = "multi30k", "en-de", ["test_2016_flickr"]
+    name, direction, tests = dat_data(scale)[0], "en-de", ["test_2016_flickr"]
     if scale == "paper":
-        name, direction, tests = "iwslt14", "de-en", ["test"]
+        direction, tests = "de-en", ["test"]
     more = "--n_embd 256 --enc_embd 512 --embeddings separate --n_inner 1024 --enc_layer 6 --dropout 0.3 " \
         "--batch_tokens 8192 --steps 6000 --warmup 1000".split() if scale == "gpu" else []
     train = [name, "--translate", direction, *more]
     fixed, bleu = [f"fixed:{e}" for e in range(1, 6)], ["--bleu", *tests]
-    found = [Point("aligned", train, [*bleu, "--rules", *fixed, "full", "random", *ORACLES, *CONFIDENCE,
-                                      "--search", "10000"]),
-             Point("2-blocks", [*train, "--exits", "last", "--n_layer", "2"], [*bleu, "--rules", "full"]),
-             Point("6-blocks", [*train, "--exits", "last"], [*bleu, "--rules", "full"]),
-             Point("shared", [*train, "--share_blocks", "True"], [*bleu, "--rules", *fixed, "full"]),
-             Point("mixed", [*train, "--objective", "mixed"], [*bleu, "--rules", *fixed, "full", "random"])]
+    points = [Point("aligned", train, [*bleu, "--rules", *fixed, "full", "random", *ORACLES, *CONFIDENCE,
+                                       "--search", "10000"]),
+              Point("2-blocks", [*train, "--exits", "last", "--n_layer", "2"], [*bleu, "--rules", "full"]),
+              Point("6-blocks", [*train, "--exits", "last"], [*bleu, "--rules", "full"]),
+              Point("shared", [*train, "--share_blocks", "True"], [*bleu, "--rules", *fixed, "full"]),
+              Point("mixed", [*train, "--objective", "mixed"], [*bleu, "--rules", *fixed, "full", "random"])]
     second = "--steps 300 --warmup 20 --batch_tokens 4096 --eval_every 300 --save_every 300".split()
     stages = {"frozen": [*second, "--objective", "halting", "--lr", "1e-2"],
               "into": [*train, *second, "--lr", "5e-4", "--average", "1"]}
-    for kind, oracle, stage, *cost in LEARNED:
-        points = [f"learned:{t}" for t in THRESHOLDS] if kind in ("geometric", "binary") else ["learned"]
-        words = [*stages[stage], "--halting", kind, "--oracle", oracle, *(f"--exit_cost={c}" for c in cost)]
-        name_ = "-".join([kind, oracle, *map(str, cost)] + ["into"] * (stage == "into"))
-        found.append(Point(name_, words, [*bleu, "--rules", *points], "aligned"))
-    found.append(Point("computed", [], [*bleu, "--missing", "compute", "--rules", *CONFIDENCE], "aligned"))
-    return name, found
+    for kind, oracle, stage, *price in LEARNED:
+        rules = [f"learned:{t}" for t in THRESHOLDS] if kind in ("geometric", "binary") else ["learned"]
+        words = [*stages[stage], "--halting", kind, "--oracle", oracle, *(f"--exit_cost={p}" for p in price)]
+        name_ = "-".join([kind, oracle, *map(str, price)] + ["into"] * (stage == "into"))
+        points.append(Point(name_, words, [*bleu, "--rules", *rules], "aligned"))
+    points.append(Point("computed", [], [*bleu, "--missing", "compute", "--rules", *CONFIDENCE], "aligned"))
+    return points
 
 
 def dat_table(found):
@@ -129,7 +143,135 @@ def dat_figure(found):
     return fig
 
 
-EXPERIMENTS = {"dat": (dat_points, dat_table, dat_figure)}
+ARMS = {        # name -> words for train.py [MoD 3.2, 4.1]
+    "dense": ["--routed", "none"],
+    "mod": [],
+    "mod-50": ["--capacity", "0.5"],
+    "mod-every": ["--routed", "all"],
+    "random": ["--router", "random"]}
+SIZES = {       # scale -> budget in FLOPs, vocabulary, block_size, tokens a step, (blocks, heads, width)
+    "cpu": (3e13, 1024, 256, 4096, ((4, 2, 64), (4, 3, 96), (6, 4, 128), (8, 5, 160), (10, 6, 192))),
+    "gpu": (1e16, 1024, 1024, 65536, ((6, 4, 256), (8, 6, 384), (10, 8, 512), (12, 10, 640), (14, 12, 768))),
+    "paper": (6e18, 32768, 2048, 262144, ((8, 6, 384), (10, 8, 512), (12, 12, 768), (16, 16, 1024),
+                                          (20, 20, 1280)))}
+
+
+def isoflop_data(scale):
+    """At scale cpu the default text; larger budgets would read it too often: give your own with --source."""
+    vocab = SIZES[scale][1]
+    return (f"pysource-{vocab}" if scale == "cpu" else f"isoflop-{vocab}",
+            "pysource" if scale == "cpu" else "text", ["--vocab-size", str(vocab)])
+
+
+def isoflop_points(scale, found):
+    """Every arm in every size trains for the same FLOPs, so as many steps as those pay for. One rule for the
+    learning rate, 0.3 / width, tuned for no arm. Two more seeds for the best size of each arm."""
+    budget, vocab, T, tokens, sizes = SIZES[scale]
+    points, best = [], {}
+    for arm, words in ARMS.items():
+        for L, heads, C in sizes[1:] if arm == "mod-every" else sizes[:-1]:     # its best is further right
+            name = f"{arm}-{L}x{C}"
+            train = f"--data {isoflop_data(scale)[0]} --exits last --n_layer {L} --n_head {heads} --n_embd " \
+                f"{C} --block_size {T} --batch {tokens // T} --lr {0.3 / C:.6f}".split() + words
+            steps = round(budget / (cost.training(run.read_options(train).model, vocab, T) * tokens / T))
+            train += f"--steps {steps} --warmup {max(1, steps // 20)} --eval_every {steps} --log_every 1 " \
+                f"--save_every {max(1, steps // 5)} --eval_windows 256".split()
+            points.append(Point(name, train, []))
+            if name in found:
+                loss = held_out(found[name])
+                best[arm] = min(best.get(arm, (math.inf, None)), (loss, points[-1]), key=lambda b: b[0])
+    if all(p.name in found for p in points):
+        points += [Point(f"{p.name}-seed{seed}", [*p.train, "--seed", str(seed)], [])
+                   for _, p in best.values() for seed in (1, 2)]
+    return points
+
+
+def held_out(point):
+    """Held-out loss as it would be sampled from: under the causal rule if blocks are routed."""
+    loss = point["metrics"][-1]["loss"]
+    return (loss.get("causal") or loss["top_k"])[-1]
+
+
+def isoflop_rows(found):
+    """{point: its JSON} -> {arm: rows sorted by size}; FLOPs relative to the best dense model's."""
+    arms = {}
+    for name, p in found.items():
+        o = p["options"]
+        config = GPTConfig(**{f.name: o[f.name] for f in dataclasses.fields(GPTConfig)})
+        forward = cost.training(config, p["vocab_size"], o["block_size"]) / 3 / o["block_size"]
+        arm = next(a for a in sorted(ARMS, key=len, reverse=True) if name.startswith(a + "-"))
+        arms.setdefault(arm, []).append(
+            {"name": name, "parameters": p["parameters"], "forward": forward, "training": p["training_loss"],
+             "top_k": p["metrics"][-1]["loss"]["top_k"][-1], "held_out": held_out(p), "steps": o["steps"],
+             "step": o["batch"] * o["block_size"] / p["tokens_per_s"], "seed": o["seed"]})
+    unit = min(arms.get("dense") or sum(arms.values(), []), key=lambda r: r["held_out"])
+    for rows in arms.values():
+        rows.sort(key=lambda r: (r["parameters"], r["seed"]))
+        for r in rows:
+            r |= {"relative": r["forward"] / unit["forward"], "time": r["step"] / unit["step"]}
+    return arms
+
+
+def parabola(rows):
+    """Least squares of held-out loss in log N -> (best N or None if it opens downwards, coefficients)."""
+    x, y = np.log([r["parameters"] for r in rows]), [r["held_out"] for r in rows]
+    if len({*x}) < 3:
+        return None, None
+    fit = np.polyfit(x, y, 2)
+    return (math.exp(-fit[1] / 2 / fit[0]) if fit[0] > 0 else None), fit
+
+
+def isoflop_table(found):
+    lines = ["", "| model | parameters | steps | loss: training | held out, top-k | held out, causal | "
+             "forward FLOPs / best dense | measured step / best dense |", "|---" * 8 + "|"]
+    arms = isoflop_rows(found)
+    for rows in arms.values():
+        for r in rows:
+            lines.append("| {name} | {parameters:,} | {steps} | {training:.3f} | {top_k:.3f} | "
+                         "{held_out:.3f} | {relative:.2f} | {time:.2f} |".format(**r))
+    lines += ["", "| arm | best size measured | held-out loss, mean of its seeds | max - min | seeds | best "
+              "size by the parabola |", "|---" * 6 + "|"]
+    for arm, rows in arms.items():
+        size = min((r for r in rows if r["seed"] == 0), key=lambda r: r["held_out"])["parameters"]
+        losses = [r["held_out"] for r in rows if r["parameters"] == size]
+        at = parabola([r for r in rows if r["seed"] == 0])[0]
+        lines.append(f"| {arm} | {size:,} | {np.mean(losses):.3f} | {np.ptp(losses):.3f} | {len(losses)} | "
+                     + (f"{at:,.0f} |" if at else "outside |"))
+    return "\n".join(lines)
+
+
+def isoflop_figure(found):
+    """Held-out loss against parameters with parabolas, FLOPs of a forward pass, and measured step time."""
+    fig, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True)
+    for color, (arm, rows) in zip(plt.cm.tab10(range(10)), isoflop_rows(found).items(), strict=False):
+        line = [r for r in rows if r["seed"] == 0]
+        for ax, x in zip(axes, ("parameters", "relative", "time"), strict=True):
+            ax.plot([r[x] for r in rows], [r["held_out"] for r in rows], "o", color=color, ms=5, mfc="none")
+            if x != "parameters":
+                ax.plot([r[x] for r in line], [r["held_out"] for r in line], "-", color=color, label=arm)
+        _, fit = parabola(line)
+        if fit is not None:
+            N = np.geomspace(line[0]["parameters"], line[-1]["parameters"], 50)
+            axes[0].plot(N, np.polyval(fit, np.log(N)), "-", color=color, label=arm)
+    axes[0].set(xscale="log", xlabel="parameters", ylabel="held-out loss (nats; MoD: causal routing)")
+    axes[1].set(xlabel="FLOPs of a forward pass / best dense model's")
+    axes[2].set(xlabel="measured training step / best dense model's")
+    axes[1].legend(frameon=False)
+    for ax in axes:
+        ax.grid(color="#e6e6e6")
+    return fig
+
+
+class Experiment(NamedTuple):
+    """data(scale); points(scale, {point: its JSON} so far); table and figure of the JSON files."""
+    data: Callable
+    points: Callable
+    table: Callable
+    figure: Callable
+
+
+EXPERIMENTS = {"dat": Experiment(dat_data, dat_points, dat_table, dat_figure),
+               "mod-isoflop": Experiment(isoflop_data, isoflop_points, isoflop_table, isoflop_figure)}
 
 
 # ----------------------------------------------------------------------------- running them
@@ -164,7 +306,9 @@ def finish_training(point, folder, o):
     seconds = float(spent.read_text("utf-8")) if spent.exists() else 0.0
     started = sorted(folder.glob("*/ckpt.pt"))
     if not started or not (started[-1].parent / "evaluation.json").exists():
-        words = [*point.train, "--seed", o.seed, "--dtype", o.dtype, "--out", folder]
+        words = [*point.train, "--dtype", o.dtype, "--out", folder]
+        if "--seed" not in point.train:
+            words += ["--seed", o.seed]
         if point.start:
             words += ["--init", run_of(folder.parent / point.start)]
         if started:
@@ -193,14 +337,15 @@ def measure(point, results, o):
         made, training = finish_training(point, folder, o)
     else:
         made, training = run_of(folder.parent / point.start), 0
-    shutil.rmtree(made / "outputs", ignore_errors=True)
-    evaluating = script("evaluate.py", "--run", made, "--device", o.device, *point.evaluate)
+    evaluating = 0
+    if point.evaluate:
+        shutil.rmtree(made / "outputs", ignore_errors=True)
+        evaluating = script("evaluate.py", "--run", made, "--device", o.device, *point.evaluate)
     stored = json.loads((made / "options.json").read_text("utf-8"))
     found = {"point": point.name, "train": ["train.py", *point.train] if point.train else [],
              "evaluate": ["evaluate.py", *point.evaluate], "start": point.start, **stored,
              "training_seconds": round(training), "evaluation_seconds": round(evaluating),
-             "metrics": [m for m in run.read_metrics(made) if m["kind"] == "val"],
-             "evaluation": json.loads((made / "evaluation.json").read_text("utf-8"))}
+             **trained_how(made), "evaluation": json.loads((made / "evaluation.json").read_text("utf-8"))}
     for options in (found["options"], found["evaluation"]["options"]):
         for place in ("out", "run", "init", "resume"):      # paths of this machine
             options.pop(place, None)
@@ -210,11 +355,20 @@ def measure(point, results, o):
     run.write_text(results / f"{point.name}.json", json.dumps(found, indent=1) + "\n")
 
 
-def draw(name, results, points):
-    """table.md and figure.png from the JSON files that are there."""
-    _, table, figure = EXPERIMENTS[name]
-    paths = [results / f"{p.name}.json" for p in points]
-    found = {p.stem: json.loads(p.read_text("utf-8")) for p in paths if p.exists()}
+def trained_how(made):
+    """What a run's files say about its training: loss of the last exit over the last tenth of the steps."""
+    metrics = run.read_metrics(made)
+    losses = [m["loss"][-1] for m in metrics if m["kind"] == "train"]
+    pace = [m["tokens_per_s"] for m in metrics if m["kind"] == "train"]
+    return {"parameters": run.read_json(made / "evaluation.json", "parameters"),
+            "vocab_size": run.read_json(made / "meta.json", "vocab_size"),
+            "training_loss": float(np.mean(losses[-max(1, len(losses) // 10):])),
+            "tokens_per_s": pace[-1], "metrics": [m for m in metrics if m["kind"] == "val"]}
+
+
+def draw(name, results, found):
+    """table.md and figure.png from {point: its JSON}."""
+    _, _, table, figure = EXPERIMENTS[name]
     if found:
         heading = ["- {point}: `python {words}`{after}, seed {seed}, {dtype}, commit {commit}, {device}, "
                    "{threads} threads, torch {torch}, {minutes:.0f} min of training".format(
@@ -229,28 +383,40 @@ def draw(name, results, points):
         print(f"wrote {results}/table.md and {results}/figure.png from {len(found)} points")
 
 
+def read_points(experiment, scale, results):
+    """-> the experiment's points, {point: its JSON} of those that are done, in the same order."""
+    found = {p.stem: json.loads(p.read_text("utf-8")) for p in results.glob("*.json")}
+    points = experiment.points(scale, found)
+    return points, {p.name: found[p.name] for p in points if p.name in found}
+
+
 @command
 def main(argv=None):
     o = run.parse(argv, Options)
-    dataset, points = EXPERIMENTS[o.name][0](o.scale)
+    experiment, results = EXPERIMENTS[o.name], Path(o.out) / f"{o.name}-{o.scale}"
+    points, found = read_points(experiment, o.scale, results)
     unknown = set(o.points) - {p.name for p in points}
     if unknown:
         raise UserError(f"--points {min(unknown)}: there are {', '.join(p.name for p in points)}")
-    results = Path(o.out) / f"{o.name}-{o.scale}"
-    if not is_prepared(run.HERE / "data" / dataset):
-        words = ["--source", str(o.source)] if o.source else []
+    folder, dataset, words = experiment.data(o.scale)
+    if not is_prepared(run.HERE / "data" / folder):
+        words += ["--out", str(run.HERE / "data" / folder)]
+        words += ["--source", str(o.source)] if o.source else []
         importlib.import_module(f"data.{dataset}.prepare").main(words)
-    todo = [p for p in points if p.name in (o.points or {q.name for q in points})]
-    missing, began = [p for p in todo if not (results / f"{p.name}.json").exists()], time.perf_counter()
-    print(f"{o.name} at scale {o.scale}: {len(todo)} points, {len(todo) - len(missing)} are there")
-    for n, point in enumerate(missing):
-        gone = time.perf_counter() - began
-        left = f", about {gone / n * (len(missing) - n) / 60:.0f} min left" if n else ""
-        print(f"\npoint {n + 1} of {len(missing)}: {point.name} ({gone / 60:.0f} min gone{left})", flush=True)
-        measure(point, results, o)
-        draw(o.name, results, points)
-    if not missing:
-        draw(o.name, results, points)
+    began, made = time.perf_counter(), 0
+    while True:
+        wanted = [p for p in points if not o.points or p.name in o.points]
+        missing = [p for p in wanted if p.name not in found]
+        gone = (time.perf_counter() - began) / 60
+        left = f", about {gone / made * len(missing):.0f} left" if made else ""
+        print(f"\n{o.name} at scale {o.scale}: {len(wanted)} points, {len(missing)} to do "
+              f"({gone:.0f} min gone{left})", flush=True)
+        draw(o.name, results, found)
+        if not missing:
+            return
+        measure(missing[0], results, o)
+        made += 1
+        points, found = read_points(experiment, o.scale, results)
 
 
 if __name__ == "__main__":

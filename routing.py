@@ -9,10 +9,13 @@
 Top-k compares a token with later ones, so it cannot be used while sampling. `guess` reads one token alone:
 it is the auxiliary predictor's output, or the router's own when `causal="router"`; see `Routed`.
 
-A router decides with a tensor `idx`: for every row the places of the tokens that run, in order of time, with
-T at the places left over (rows may run different numbers of tokens). This file knows no model: `Routed` is
-given a block, and a rule (`top_k`, `causal`) is an argument of every call, never a mode of the module.
+The random control has Gaussian scores that look at nothing; its causal rule runs each token with the chance
+`capacity`. A router decides with a tensor `idx`: for every row the places of the tokens that run, in order of
+time, with T at the places left over (rows may run different numbers of tokens). This file knows no model:
+`Routed` is given a block, and a rule (`top_k`, `causal`) is an argument of every call, never a mode of the
+module.
 """
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +30,19 @@ class Visit(NamedTuple):
     ran: torch.Tensor                   # (B,T) bool: the token ran this block
     score: torch.Tensor | None = None   # (B,T) r_i, the factor on the block's update
     guess: torch.Tensor | None = None   # (B,T) the causal rule's logit: run when > 0
+
+
+def mixed_bits(x):
+    """x (...) integers -> integers in 0..2^32 - 1, near ones far apart: chance that belongs to a place."""
+    x = x & 0xFFFFFFFF
+    for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B), (16, 1)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x
+
+
+def gaussian(share):
+    """share in (0,1), a tensor -> the value that a standard normal variable stays below with that chance."""
+    return math.sqrt(2) * torch.erfinv(2 * share - 1)
 
 
 def in_time_order(idx, keep, T):
@@ -71,21 +87,34 @@ class Routed(nn.Module):
     `block` needs `residual(x, pos, past)`, its update f without the skip connection. It sees the selected
     tokens alone, with the positions they had: they are the only queries and the only keys.
     capacity: share of a sequence that top-k selects. gate: "raw" multiplies by r, "sigmoid" by sigmoid(r).
-    causal: what decides at sampling and learns to imitate top-k, "predictor" (a small MLP of `hidden` units
-    behind a stop-gradient) or "router" (r itself). The gate is the router's in both cases.
+    "one" leaves it alone, which the random control may.
+    hidden: units of the causal predictor, a small MLP behind a stop-gradient that learns to imitate top-k
+    and decides at sampling; 0: the router's own output does both. The gate is the router's in either case.
+    random: None, or the control with a number that makes its chances differ from other blocks'.
     """
 
-    def __init__(self, block, C, capacity, gate="raw", causal="predictor", hidden=64):
+    def __init__(self, block, C, capacity, gate="raw", hidden=64, random=None):
         super().__init__()
-        self.block, self.capacity = block, capacity
-        self.gate = {"raw": lambda r: r, "sigmoid": torch.sigmoid}[gate]
-        self.router = nn.Linear(C, 1, bias=False)
-        self.predictor = None
-        if causal == "predictor":
-            self.predictor = nn.Sequential(nn.Linear(C, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        self.block, self.capacity, self.random = block, capacity, random
+        self.gate = {"raw": lambda r: r, "sigmoid": torch.sigmoid, "one": torch.ones_like}[gate]
+        self.router, self.predictor = None, None
+        if random is None:
+            self.router = nn.Linear(C, 1, bias=False)
+            if hidden:
+                self.predictor = nn.Sequential(nn.Linear(C, hidden), nn.SiLU(), nn.Linear(hidden, 1))
 
-    def scores(self, x):
+    def chance(self, pos):
+        """pos (B,T) -> score (B,T), guess (B,T) of the random control: noise, drawn anew while training as
+        dropout is, else a function of the position, so that a token fares alike alone or with others."""
+        score = torch.randn(pos.shape, device=pos.device)
+        if not self.training:
+            score = gaussian(((mixed_bits(pos * 73_856_093 + self.random * 83_492_791) >> 9) + 0.5) / 2**23)
+        return score, score - gaussian(torch.tensor(1 - self.capacity, device=pos.device))
+
+    def scores(self, x, pos):
         """x (B,T,C) -> score (B,T), guess (B,T), in the parameters' precision even under autocast."""
+        if self.router is None:
+            return self.chance(pos)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.router.weight.dtype)
             score = self.router(x).squeeze(-1)
@@ -97,7 +126,7 @@ class Routed(nn.Module):
         if not at.anyone:
             return x, Visit(at.live)
         B, T, C = x.shape                                                   # k tokens kept
-        score, guess = self.scores(x)
+        score, guess = self.scores(x, at.pos)
         idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody
         ran = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device).scatter(1, idx, True)[:, :T]
         if idx.size(1) > 0:

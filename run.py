@@ -97,8 +97,11 @@ def idle(options):
     """Options that would do nothing, by name -> why."""
     m, why = options.model, {}
     if m.routed == "none":
-        names = ("capacity", "gate", "causal", "predictor_width", "imitation")
+        names = ("capacity", "router", "gate", "causal", "predictor_width", "imitation")
         why |= dict.fromkeys(names, "no block is routed (--routed none)")
+    elif m.router == "random":
+        names = ("causal", "predictor_width", "imitation")
+        why |= dict.fromkeys(names, "nothing learns to route (--router random)")
     elif m.causal == "router":
         why["predictor_width"] = "the router decides, there is no predictor (--causal router)"
     if m.exits == "last":
@@ -231,6 +234,8 @@ def refuse_combinations(options):
         raise UserError("--objective halting trains the predictor alone: give --init, a trained run")
     if m.halting == "sequence" and not options.translate:
         raise UserError("--halting sequence reads a source sentence, and a GPT has none (--translate)")
+    if m.gate == "one" and m.router == "learned":
+        raise UserError("--gate one gives the router no gradient: only --router random can do without")
     if m.share_blocks and m.routed != "none":
         raise UserError("--share_blocks has one block, and so no other to route: use --routed none")
 

@@ -47,7 +47,7 @@ def aligned(model, batch, scale, options):
             right.append(hit)
             ends.append(h)
             gradients.append(gradient)
-        if visit.guess is not None:
+        if visit.guess is not None and visit.guess.requires_grad:      # the random control learns nothing
             ends.append(imitation_loss(visit, batch.live) * scale * options.imitation)
             gradients.append(None)
     if model.halting:

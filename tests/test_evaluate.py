@@ -1,5 +1,6 @@
 """Translators from the command line: train, resume, average, evaluate, translate, reproduce; bad input."""
 import json
+import math
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from conftest import TINY, WORDS
 from test_scripts import refused
 from test_train import equal, val_lines, weights
 
+import cost
 import evaluate
 import reproduce
 import run
@@ -206,7 +208,8 @@ def test_an_experiment_goes_on_point_by_point(pairs, tmp_path, monkeypatch, caps
               for name, more in (("tied", []), ("separate", ["--classifier", "separate"]))]
     points = [p._replace(train=[w for w in p.train if w not in ("--device", "cpu")]) for p in points]
     monkeypatch.setitem(reproduce.EXPERIMENTS, "dat",
-                        (lambda scale: (str(pairs), points), *reproduce.EXPERIMENTS["dat"][1:]))
+                        reproduce.EXPERIMENTS["dat"]._replace(data=lambda scale: (str(pairs), "", []),
+                                                              points=lambda scale, found: points))
     words = ["dat", "--out", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
     honest, calls = reproduce.script, []
 
@@ -221,7 +224,7 @@ def test_an_experiment_goes_on_point_by_point(pairs, tmp_path, monkeypatch, caps
     assert [p.name for p in folder.glob("*.json")] == ["tied.json"]
     assert "--resume" in capsys.readouterr().out and calls == ["train.py", "train.py", "evaluate.py"]
     reproduce.main(words)
-    assert calls[3:] == ["train.py", "evaluate.py"] and "1 are there" in capsys.readouterr().out
+    assert calls[3:] == ["train.py", "evaluate.py"] and "2 points, 1 to do" in capsys.readouterr().out
     table = (folder / "table.md").read_text("utf-8")
     (folder / "table.md").unlink()
     reproduce.main(words)
@@ -233,6 +236,46 @@ def test_an_experiment_goes_on_point_by_point(pairs, tmp_path, monkeypatch, caps
     assert table.count("--classifier separate") == 1
     assert (folder / "figure.png").stat().st_size > 5000 and len(list(folder.glob("tied.test.*.txt"))) == 5
     assert "there are tied, separate" in refused(capsys, reproduce.main, *words, "--points", "x")
+
+
+def test_equal_flops_and_more_seeds_for_the_best(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(reproduce.SIZES, "cpu", (3e8, 300, 32, 128, ((2, 2, 16), (4, 2, 24), (6, 2, 8))))
+    monkeypatch.setitem(reproduce.SIZES, "cpu", (3e8, 300, 32, 128, ((2, 2, 16), (4, 2, 24), (6, 2, 24))))
+    monkeypatch.setattr(reproduce, "ARMS", {"dense": ["--routed", "none"], "mod": []})
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "mod-isoflop", reproduce.EXPERIMENTS["mod-isoflop"]._replace(
+        data=lambda scale: (str(dataset), "", [])))
+    monkeypatch.setattr(reproduce, "isoflop_data", lambda scale: (str(dataset), "", []))
+
+    def here(name, *words):
+        script.main(list(map(str, words)))
+        return 1.0
+    monkeypatch.setattr(reproduce, "script", here)
+    monkeypatch.setattr(script, "finish", lambda folder, options: evaluate.main(["--run", str(folder)]))
+    reproduce.main(["mod-isoflop", "--out", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"),
+                    "--device", "cpu"])
+    results = tmp_path / "results" / "mod-isoflop-cpu"
+    found = {p.stem: json.loads(p.read_text("utf-8")) for p in results.glob("*.json")}
+    assert len(found) == 4 + 4 and (results / "figure.png").stat().st_size > 5000
+    for arm in ("dense", "mod"):
+        best = min((n for n in found if n.startswith(arm) and "seed" not in n),
+                   key=lambda n: reproduce.held_out(found[n]))
+        assert {f"{best}-seed1", f"{best}-seed2"} == {n for n in found if n.startswith(arm) and "seed" in n}
+        assert found[f"{best}-seed2"]["options"]["seed"] == 2
+    for point in found.values():
+        model = run.read_options(point["train"][1:]).model
+        spent = point["options"]["steps"] * 128 / 32 * cost.training(model, 300, 32)
+        assert abs(spent / 3e8 - 1) < 0.05
+    table = (results / "table.md").read_text("utf-8")
+    assert table.count("| dense-") == table.count("| mod-") == 4 and "| 3 |" in table
+    capsys.readouterr()
+
+
+def test_parabola():
+    """The lowest point of three on a parabola in log N; a line has none."""
+    rows = [{"parameters": n, "held_out": 3 + (math.log(n) - math.log(1e6))**2} for n in (3e5, 1e6, 5e6)]
+    assert reproduce.parabola(rows)[0] == pytest.approx(1e6)
+    rows = [{"parameters": n, "held_out": -(math.log(n) - 14)**2} for n in (3e5, 1e6, 5e6)]
+    assert reproduce.parabola(rows)[0] is None and reproduce.parabola(rows[:2]) == (None, None)
 
 
 def test_learning_where_to_exit_after_training(translator, copy, pairs, tmp_path, capsys):
