@@ -22,14 +22,15 @@ from routing import kept
 
 
 class Cost(NamedTuple):
-    """FLOPs of reading one text token by token, by part; bytes moved at batch 1 (parameters and cache)."""
+    """FLOPs of reading one text token by token, by part; bytes at batch 1 (parameters and cache)."""
     blocks: float
     source: float
     copies: float
     classifiers: float
     router: float
     halting: float
-    bytes: float
+    bytes: float        # moved
+    cache: float        # bytes of keys and values of the text that are kept at its end
 
     @property
     def flops(self):
@@ -46,13 +47,23 @@ def router_flops(config):
     return 0 if config.router == "random" else 2 * config.n_embd + 2 * (config.n_embd + 1) * config.hidden
 
 
+def mlp_flops(config, T):
+    """The MLPs of one block over T tokens of a sequence: experts as full as they may be, and their router."""
+    one = 4 * config.inner * config.n_embd
+    if not config.experts:
+        return T * one
+    choices = config.experts + config.noops
+    return config.experts * kept(config.expert_capacity / choices, T) * one + T * 2 * config.n_embd * choices
+
+
 def training(config, vocab_size, T):
     """FLOPs of a GPT's training step on one sequence of T tokens: three forward passes, backward being two.
     Attention counts all T keys for every query, and k of k in a routed block [MoD 3.2]."""
     C, total, routed = config.n_embd, 0, config.routed_blocks()
     for n in range(config.n_layer):
         k = kept(config.capacity, T) if n in routed else T
-        total += k * block_flops(C, config.inner, k) + (T * router_flops(config) if n in routed else 0)
+        total += k * block_flops(C, 0, k) + mlp_flops(config, k)
+        total += T * router_flops(config) if n in routed else 0
     return 3 * (total + T * 2 * vocab_size * C * (config.n_layer if config.exits == "all" else 1))
 
 
@@ -73,12 +84,14 @@ def along(visited, dense, parent):
     return attended, np.where(visited & dense, attended - 1 - held[parent], 0)
 
 
-def decoding(config, vocab_size, visited, exit_at, decides="", S=0, copies="paper", itemsize=4, parent=None):
+def decoding(config, vocab_size, visited, exit_at, decides="", S=0, copies="paper", itemsize=4, parent=None,
+             worked=None):
     """visited (T,L) bool and exit_at (T,) of one text, in order of reading -> Cost.
 
     decides: what the exit rule looks at, "confidence", a kind of `exits.Halting`, or "" for nothing.
     S: source tokens, 0 for a GPT. parent (T,): the read before each, -1 for the first, where several texts
     that begin alike were read, as the hypotheses of a beam; None: one text.
+    worked (T,L): where there are experts, the blocks in which one of them took the token.
     copies: "paper", "needed" for those that a later token attends to, or "computed": nothing is copied, the
     token runs the block after all when a later one goes that deep (decode.read, missing="compute").
     """
@@ -97,10 +110,13 @@ def decoding(config, vocab_size, visited, exit_at, decides="", S=0, copies="pape
     looks = {"sequence": L * Ce / C, "token": L * len(exit_at)}.get(decides, 0)             # of C channels
     looks = np.minimum(exit_at, L - 1).sum() if decides in ("geometric", "binary") else looks
     blocks = visited.any(0).sum()
-    linear = {"blocks": runs * (block_flops(C, inner, 0) + (4 * C * C if S else 0)),
+    mlps = runs if worked is None else worked.sum() + runs - visited.sum()
+    linear = {"blocks": runs * (block_flops(C, 0, 0) + (4 * C * C if S else 0)) + mlps * 4 * inner * C
+              + (runs * 2 * C * (config.experts + config.noops) if config.experts else 0),
               "source": 4 * blocks * C * Ce, "copies": 4 * C * C * made, "classifiers": 2 * read * V * C,
               "router": came * router_flops(config), "halting": 2 * looks * C}
     cache = 2 * C * (seen + runs * S + runs + made + blocks * S)
     moved = itemsize * (sum(linear.values()) / 2 + cache)       # every weight once a token that it works for
     parts = linear | {"blocks": linear["blocks"] + 4 * C * (seen + runs * S), "source": linear["source"] * S}
-    return Cost(**{name: float(value) for name, value in parts.items()}, bytes=float(moved))
+    return Cost(**{name: float(value) for name, value in parts.items()}, bytes=float(moved),
+                cache=float(2 * C * itemsize * (runs + made)))

@@ -71,6 +71,7 @@ class Read(NamedTuple):
     exit_at: torch.Tensor   # (B,T) in 1..L, the block after which it left
     visited: torch.Tensor   # (B,T,L) bool, the blocks it ran
     score: torch.Tensor     # (B,T,L) router weights, nan for dense blocks
+    worked: torch.Tensor    # (B,T,L) bool, the blocks whose MLP it ran: all of `visited` without experts
 
 
 @torch.no_grad()
@@ -88,10 +89,11 @@ def read(model, ids, pos, past, rule, route, missing="copy"):
     L = len(model.blocks)
     at = Tokens(pos, live=pos < FAR)
     exit_at, inside = torch.full_like(pos, L), at.live                      # inside: has not left
-    logits, ran, score, states = None, [], [], []
+    logits, ran, score, worked, states = None, [], [], [], []
     source = past[0].source if past else None
     for n, (h, visit) in enumerate(model.trunk(model.embed(ids), at, past, route), 1):
         ran.append(visit.ran & inside)
+        worked.append(ran[-1] if visit.choice is None else ran[-1] & (visit.choice.expert >= 0))
         score.append(torch.full_like(h[..., 0], torch.nan) if visit.score is None else visit.score)
         states.append(h)
         if not inside.any():
@@ -104,7 +106,7 @@ def read(model, ids, pos, past, rule, route, missing="copy"):
             inside = inside & ~leave
             if missing == "copy":
                 at.live, at.anyone = inside, bool(inside.any())
-    return Read(logits, exit_at, torch.stack(ran, -1), torch.stack(score, -1))
+    return Read(logits, exit_at, torch.stack(ran, -1), torch.stack(score, -1), torch.stack(worked, -1))
 
 
 @torch.no_grad()

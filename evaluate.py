@@ -74,11 +74,18 @@ def under_rule(model, batches, name, trained, context, missing):
             past, rule = model.past(batch), rule_for(model, batch, name, trained)
             found = read(model, batch.ids, batch.pos, past, rule, causal, missing)
         arrays = {"ids": batch.ids.int(), "targets": batch.targets.int(),
-                  "nats": exits.nats(found.logits, batch.targets), "exit_at": found.exit_at.byte(),
+                  "nats": exits.nats(found.logits, batch.targets), "entropy": entropy(found.logits),
+                  "exit_at": found.exit_at.byte(),
                   "right": found.logits.argmax(-1) == batch.targets,
-                  "visited": found.visited, "score": found.score.float()}
+                  "visited": found.visited, "worked": found.worked, "score": found.score.float()}
         parts.append({k: widen(v.cpu().numpy(), T, -1 if k == "targets" else 0) for k, v in arrays.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+def entropy(logits):
+    """logits (...,V) -> (...) nats."""
+    logp = logits.float().log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
 
 
 def rule_for(model, batch, name, trained):
@@ -130,18 +137,20 @@ def forced(model, batches, names, trained, context, o):
     """Rows for evaluation.json: loss, mean exit, blocks and FLOPs of each rule on the validation batches,
     read all at once as they would be step by step."""
     rows = []
-    print("\n| rule | loss | right | exit | blocks | MFLOPs a row: paper | needed |\n" + "|---" * 7 + "|")
+    print("\n| rule | loss | right | exit | blocks | MFLOPs a row: paper | needed | cache / dense |\n"
+          + "|---" * 8 + "|")
     for name in names:
         found = under_rule(model, batches, name, trained, context, o.missing)
         there = found["targets"] >= 0
-        each = [cost_of(model, {k: found[k][w, there[w]] for k in ("visited", "exit_at")}, name, S, o.missing)
+        each = [cost_of(model, {k: found[k][w, there[w]] for k in ("visited", "exit_at", "worked")}, name, S,
+                        o.missing)
                 for w, S in enumerate(s for b in batches for s in b.sources())]
         rows.append({"rule": name, "loss": float(found["nats"][there].mean()),
                      "right": float(found["right"][there].mean()),
                      "exit": float(found["exit_at"][there].mean()),
                      "blocks": float(found["visited"][there].sum(1).mean()), **mean_of(each)})
         print("| {rule} | {loss:.3f} | {right:.1%} | {exit:.2f} | {blocks:.2f} | {mflops_paper:.1f} | "
-              "{mflops_needed:.1f} |".format(**rows[-1]), flush=True)
+              "{mflops_needed:.1f} | {cache:.0%} |".format(**rows[-1]), flush=True)
     return rows
 
 
@@ -195,17 +204,20 @@ def bleu(lines, references, tokenize):
 
 
 def cost_of(model, read, name, S, missing):
-    """MFLOPs of what was read (`visited`, `exit_at` and perhaps `parent`) by both accountings."""
+    """What was read (`visited`, `exit_at`, perhaps `parent`, `worked`) -> MFLOPs by both accountings; keys
+    and values kept, as a share of those that a dense model keeps at full depth."""
     both = ("computed", "computed") if missing == "compute" else ("paper", "needed")
     kind = name.partition(":")[0]
     decides = {"confidence": kind, "learned": model.config.halting}.get(kind, "")
     visited, exit_at, parent = np.array(read["visited"]), np.array(read["exit_at"]), read.get("parent")
-    return [cost.decoding(model.config, model.vocab_size, visited, exit_at, decides, S, copies,
-                          parent=parent).flops / 1e6 for copies in both]
+    costs = [cost.decoding(model.config, model.vocab_size, visited, exit_at, decides, S, copies,
+                           parent=parent, worked=read.get("worked")) for copies in both]
+    dense = cost.decoding(model.config, model.vocab_size, np.ones_like(visited), exit_at, parent=parent)
+    return [*(c.flops / 1e6 for c in costs), costs[0].cache / dense.cache]
 
 
 def mean_of(each):
-    return dict(zip(("mflops_paper", "mflops_needed"), np.mean(each, 0).tolist(), strict=True))
+    return dict(zip(("mflops_paper", "mflops_needed", "cache"), np.mean(each, 0).tolist(), strict=True))
 
 
 def measured(found, sources, model, name, missing):

@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from exits import Classifiers, Halting
+from experts import Experts
 from routing import FAR, Routed, Visit, top_k
 
 
@@ -43,6 +44,9 @@ class GPTConfig:
     gate: Literal["raw", "sigmoid", "one"] = "raw"      # r, sigmoid(r) or (random only) 1 times the update
     causal: Literal["predictor", "router"] = "predictor"    # what decides at sampling
     predictor_width: float = 0.5                        # the predictor's hidden units, as a share of n_embd
+    experts: int = 0                                    # MLPs to choose one of; 0: no choice [MoDE]
+    noops: int = 0                                      # further experts that do nothing
+    expert_capacity: float = 1.25                       # of its even share of tokens, in training
 
     @property
     def inner(self):
@@ -212,9 +216,9 @@ class MLP(nn.Module):
         self.fc, self.proj = nn.Linear(C, inner), nn.Linear(inner, C)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x):
-        """x (B,T,C) -> (B,T,C)."""
-        return self.drop(self.proj(F.gelu(self.fc(x))))
+    def forward(self, x, pos, route):
+        """x (B,T,C) -> (B,T,C), None: there was nothing to choose, as there is among Experts."""
+        return self.drop(self.proj(F.gelu(self.fc(x)))), None
 
 
 class Block(nn.Module):
@@ -228,23 +232,24 @@ class Block(nn.Module):
             self.ln_cross, self.cross = nn.LayerNorm(C), CrossAttention(C, nh, Ce, dropout)
         self.ln2, self.mlp = nn.LayerNorm(C), MLP(C, inner or 4 * C, dropout)
 
-    def residual(self, x, pos, past):
-        """What this block would add to the stream x (B,T,C)."""
+    def residual(self, x, pos, past, route):
+        """What this block would add to the stream x (B,T,C), and the Choice if its MLP is Experts."""
         a = self.attn(self.ln1(x), pos, past)
         if self.cross is not None:
             a = a + self.cross(self.ln_cross(x + a), past.source)
-        return self.mlp(self.ln2(x + a)).add_(a)        # a + m, in the memory of m
+        m, choice = self.mlp(self.ln2(x + a), pos, route)
+        return m.add_(a), choice                        # a + m, in the memory of m
 
     def forward(self, x, at, past, route):
         """x (B,T,C) -> (x, Visit). A token that has exited keeps its state; later tokens see this block's own
-        keys and values of that copy [DAT 2]. Only a routed block has a use for `route`."""
-        if at.live is None:
-            return x + self.residual(x, at.pos, past), Visit(torch.ones_like(at.pos, dtype=torch.bool))
-        if at.anyone:
-            x = torch.where(at.live.unsqueeze(-1), x + self.residual(x, at.pos, past), x)
-        else:
+        keys and values of that copy [DAT 2]. route: for experts."""
+        if not at.anyone:
             self.attn.write(self.ln1(x), at.pos, past)
-        return x, Visit(at.live)
+            return x, Visit(at.live)
+        update, choice = self.residual(x, at.pos, past, route)
+        if at.live is None:
+            return x + update, Visit(torch.ones_like(at.pos, dtype=torch.bool), choice=choice)
+        return torch.where(at.live.unsqueeze(-1), x + update, x), Visit(at.live, choice=choice)
 
 
 def initialise(modules, C):
@@ -272,6 +277,9 @@ class GPT(nn.Module):
         blocks = [Block(C, config.n_head, config.block_size, config.inner, config.dropout, Ce)
                   for _ in range(1 if config.share_blocks else L)]
         blocks = blocks * (L // len(blocks))
+        for block in blocks if config.experts else []:
+            block.mlp = Experts(C, config.inner, config.experts, config.noops, config.expert_capacity,
+                                config.dropout)
         for n in routed:
             blocks[n] = Routed(blocks[n], C, config.capacity, config.gate, config.hidden,
                                n if config.router == "random" else None)
@@ -334,7 +342,7 @@ class Encoder(nn.Module):
             raise ValueError(f"a source of {ids.size(1)} tokens exceeds the context of {self.block_size}")
         x, there = self.drop(self.wte(ids)), pos < FAR
         for block in self.blocks:
-            x = x + block.residual(x, pos, Whole(there))
+            x = x + block.residual(x, pos, Whole(there), None)[0]
         return Source(self.norm(x), there)
 
 

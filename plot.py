@@ -3,11 +3,13 @@
     figures/map.png       which blocks each token of real text ran, token by block
     figures/depth.png     how many tokens left at each exit, and how many blocks tokens ran
     figures/router.png    the router's weights, by block
+    figures/when.png      who runs which block; blocks run against surprise, uncertainty and kind of token
     figures/loss.png      loss of every exit over training, top-k and causal
     figures/frontier.png  quality of the rules that evaluate.py compared, against mean exit
     figures/text.png      the last sample or translation, coloured by the blocks that wrote each token
 """
 import json
+import keyword
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +125,58 @@ def draw_router(depth):
     return fig
 
 
+WORDS = rb"(?P<number>\d[\w.]*)|(?P<name>[A-Za-z_\x80-\xff][\w\x80-\xff]*)|(?P<space>\s+)|(?P<punctuation>.)"
+TEXT = rb"(?P<text>('{3}|\"{3}).*?\2|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)"
+
+
+def kinds_of(encoding, ids, code):
+    """A window of token ids -> the kind of each: space, number, punctuation, end, and word, or in code name,
+    keyword and text (strings and comments, as far as the window shows where they begin). A token is what its
+    first byte is that is no space."""
+    pieces = [b"" if i == encoding.eot_token else encoding.decode_single_token_bytes(int(i)) for i in ids]
+    kinds = []
+    for match in re.finditer(TEXT + b"|" + WORDS if code else WORDS, b"".join(pieces), re.S):
+        kind = match.lastgroup
+        if kind == "name":
+            reserved = code and keyword.iskeyword(match[0].decode("utf-8", "replace"))
+            kind = "keyword" if reserved else "name" if code else "word"
+        kinds += [kind] * len(match[0])
+    starts = np.cumsum([0, *map(len, pieces)])[:-1]
+    first = [start + len(p) - len(p.lstrip() or p) for start, p in zip(starts, pieces, strict=True)]
+    return ["end" if not p else kinds[at] for p, at in zip(pieces, first, strict=True)]
+
+
+def draw_when(depth, encoding, code):
+    """Shares of the tokens that ran, went around and had left, by block; then the blocks that a token ran to
+    be read against the surprise and the uncertainty of what it predicts, and by kind of the token read."""
+    there = depth["targets"] >= 0
+    visited, L = depth["visited"][there], depth["visited"].shape[-1]
+    left, blocks = depth["exit_at"][there][:, None] <= np.arange(L), visited.sum(1)
+    fig, axes = plt.subplots(1, 4, figsize=(16, 3.8))
+    bottom = 0
+    for share, color, name in ((visited, "#27508c", "ran"), (~visited & ~left, "#f3c998", "went around"),
+                               (left, "#e9e9e9", "had left")):
+        axes[0].bar(range(1, L + 1), share.mean(0), bottom=bottom, color=color, label=name)
+        bottom = bottom + share.mean(0)
+    axes[0].set(xlabel="block", ylabel="share of tokens", xticks=range(1, L + 1))
+    axes[0].legend(frameon=False, fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.1))
+    for ax, key, name in ((axes[1], "nats", "surprise -log p(next)"), (axes[2], "entropy", "entropy of p")):
+        x = depth[key][there]
+        tenth = np.array_split(np.argsort(x, kind="stable"), min(10, len(x)))
+        ax.errorbar([x[i].mean() for i in tenth], [blocks[i].mean() for i in tenth], ms=4, fmt="o-",
+                    color="#27508c", yerr=[blocks[i].std() / len(i)**0.5 for i in tenth])
+        ax.set(title=f"r = {np.corrcoef(x, blocks)[0, 1]:.2f}", xlabel=f"{name} (nats, tenths of the tokens)",
+               ylabel="blocks run")
+    kinds = np.array([kinds_of(encoding, ids, code) for ids in depth["ids"]])[there]
+    names = sorted(set(kinds), key=lambda kind: blocks[kinds == kind].mean())
+    bars = axes[3].barh(names, [blocks[kinds == kind].mean() for kind in names], color="#27508c")
+    axes[3].bar_label(bars, [f" {(kinds == kind).mean():.0%} of tokens" for kind in names], fontsize=9)
+    axes[3].set(title="by kind of the token read", xlabel="blocks run", xlim=(0, L))
+    fig.suptitle(f"{there.sum():,} validation tokens, {depth['rule']}", x=0.01, ha="left", fontsize=10,
+                 color="#555555")
+    return fig
+
+
 def draw_frontier(evaluation):
     """Loss, and BLEU on each split, against mean exit: a line for the fixed exits, the others with their
     threshold, random exits and oracle as marks. None if only one rule was measured."""
@@ -226,8 +280,12 @@ def main(argv=None):
     if (folder / "depth.npz").is_file():
         with np.load(folder / "depth.npz") as archive:
             depth = dict(archive)
-        figures["map"] = draw_map(depth, load_tokenizer(folder / "tokenizer.json"), options)
+        encoding = load_tokenizer(folder / "tokenizer.json")
+        figures["map"] = draw_map(depth, encoding, options)
         figures["depth"] = draw_depth(depth)
+        if depth["visited"].sum(-1).std() > 0:
+            code = run.read_json(folder / "meta.json", "name") == "pysource"
+            figures["when"] = draw_when(depth, encoding, code)
         if depth["routed"].any():
             figures["router"] = draw_router(depth)
         if (folder / "evaluation.json").is_file():
@@ -235,7 +293,7 @@ def main(argv=None):
             figures["frontier"] = draw_frontier(evaluation)
         if (folder / "sample.npz").is_file():
             with np.load(folder / "sample.npz") as archive:
-                figures["text"] = draw_text(dict(archive), load_tokenizer(folder / "tokenizer.json"))
+                figures["text"] = draw_text(dict(archive), encoding)
     else:
         print(f"{folder} has no depth.npz yet (evaluate.py writes it): drawing the loss alone")
     (folder / "figures").mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ was interrupted goes on from its checkpoint: give the same command again. Kept i
                 training, learned exits and confidence, copied and computed states [DAT 2, 3; table 1]
     mod-isoflop Mixture-of-Depths: equal training FLOPs for a dense model, MoD at several capacities and the
                 random control, in several sizes; three seeds for the best of each arm [MoD 4.1, figure 3]
+    mod-sampling    what decides when top-k cannot, and how well; goes on from mod-isoflop [MoD 3.5, 4.2]
 """
 import dataclasses
 import importlib
@@ -262,6 +263,44 @@ def isoflop_figure(found):
     return fig
 
 
+def sampling_points(scale, found):
+    """The middle size of mod-isoflop (run that first), routed by whatever can decide without the future."""
+    mod = [p for p in isoflop_points(scale, {}) if p.name.startswith("mod-")][2]
+    size, rules, there = mod.name.removeprefix("mod"), ["--rules", "full"], f"../mod-isoflop-{scale}/"
+    return [Point("predictor", [], rules, f"{there}mod{size}"),
+            Point("router", [*mod.train, "--causal", "router"], rules),
+            Point("sigmoid", [*mod.train, "--gate", "sigmoid"], rules),
+            Point("random", [], rules, f"{there}random{size}"),
+            Point("random-one", [*mod.train, "--router", "random", "--gate", "one"], rules),
+            Point("dense", [], rules, f"{there}dense{size}")]
+
+
+def sampling_table(found):
+    L = next(iter(found.values()))["options"]["n_layer"]
+    lines = ["", "| model | loss: top-k | causal | right about top-k | always no | precision | recall | "
+             f"blocks run of {L} | cache / dense |", "|---" * 9 + "|"]
+    for name, p in found.items():
+        last, [row] = p["metrics"][-1], p["evaluation"]["forced"]
+        how = last.get("imitation")
+        told = [f"{how[k]:.1%}" if how else "" for k in ("accuracy", "base_rate", "precision", "recall")]
+        lines.append(f"| {name} | {last['loss']['top_k'][-1]:.4f} | {held_out(p):.4f} | {' | '.join(told)} | "
+                     f"{row['blocks']:.2f} | {row['cache']:.0%} |")
+    return "\n".join(lines)
+
+
+def sampling_figure(found):
+    """Held-out loss, top-k beside causal."""
+    fig, ax = plt.subplots(figsize=(7, 3.5))
+    place, top_k = np.arange(len(found)), [p["metrics"][-1]["loss"]["top_k"][-1] for p in found.values()]
+    ax.plot(top_k, place - 0.1, "o", mfc="none", label="top-k, which sees the future")
+    ax.plot([held_out(p) for p in found.values()], place + 0.1, "s", label="causal, as sampled")
+    ax.set(yticks=place, yticklabels=list(found), xlabel="held-out loss (nats a token)")
+    ax.invert_yaxis()
+    ax.grid(color="#e6e6e6")
+    ax.legend(frameon=False)
+    return fig
+
+
 class Experiment(NamedTuple):
     """data(scale); points(scale, {point: its JSON} so far); table and figure of the JSON files."""
     data: Callable
@@ -271,7 +310,8 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS = {"dat": Experiment(dat_data, dat_points, dat_table, dat_figure),
-               "mod-isoflop": Experiment(isoflop_data, isoflop_points, isoflop_table, isoflop_figure)}
+               "mod-isoflop": Experiment(isoflop_data, isoflop_points, isoflop_table, isoflop_figure),
+               "mod-sampling": Experiment(isoflop_data, sampling_points, sampling_table, sampling_figure)}
 
 
 # ----------------------------------------------------------------------------- running them

@@ -30,6 +30,7 @@ class Visit(NamedTuple):
     ran: torch.Tensor                   # (B,T) bool: the token ran this block
     score: torch.Tensor | None = None   # (B,T) r_i, the factor on the block's update
     guess: torch.Tensor | None = None   # (B,T) the causal rule's logit: run when > 0
+    choice: tuple | None = None    # experts.Choice of the tokens that ran, if there are experts
 
 
 def mixed_bits(x):
@@ -84,8 +85,9 @@ ROUTES = {"top_k": top_k, "causal": causal}
 class Routed(nn.Module):
     """x_i + r_i f(x)_i for the selected tokens, x_i for the others [MoD eq. 1].
 
-    `block` needs `residual(x, pos, past)`, its update f without the skip connection. It sees the selected
-    tokens alone, with the positions they had: they are the only queries and the only keys.
+    `block` needs `residual(x, pos, past, route)`: its update f without the skip connection, and what its
+    experts chose, if it has any. It sees the selected tokens alone, with the positions they had: they are the
+    only queries and the only keys.
     capacity: share of a sequence that top-k selects. gate: "raw" multiplies by r, "sigmoid" by sigmoid(r).
     "one" leaves it alone, which the random control may.
     hidden: units of the causal predictor, a small MLP behind a stop-gradient that learns to imitate top-k
@@ -129,14 +131,18 @@ class Routed(nn.Module):
         score, guess = self.scores(x, at.pos)
         idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody
         ran = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device).scatter(1, idx, True)[:, :T]
+        choice = None
         if idx.size(1) > 0:
-            here, idx = idx < T, idx.clamp(max=T - 1)
-            pos = torch.where(here, at.pos.gather(1, idx), FAR)             # (B,k)
-            each = idx.unsqueeze(-1).expand(-1, -1, C)                      # (B,k,C)
-            update = self.block.residual(x.gather(1, each), pos, past)      # (B,k,C)
-            weight = torch.where(here, self.gate(score.gather(1, idx)), 0)  # (B,k)
+            here, place = idx < T, idx.clamp(max=T - 1)
+            pos = torch.where(here, at.pos.gather(1, place), FAR)           # (B,k)
+            each = place.unsqueeze(-1).expand(-1, -1, C)                      # (B,k,C)
+            update, choice = self.block.residual(x.gather(1, each), pos, past, route)       # (B,k,C)
+            weight = torch.where(here, self.gate(score.gather(1, place)), 0)    # (B,k)
             x = x.scatter_add(1, each, (weight.unsqueeze(-1) * update).to(x.dtype))
-        return x, Visit(ran, score, guess)
+            if choice is not None:      # of the tokens selected; now of all
+                expert = torch.full((B, T + 1), -1, device=x.device).scatter(1, idx, choice.expert)[:, :T]
+                choice = choice._replace(expert=expert)
+        return x, Visit(ran, score, guess, choice)
 
 
 def imitation_loss(visit, live=None):

@@ -65,6 +65,7 @@ class Options:
     clip: float = 1.0                   # gradient norm is clipped to this
     exit_weights: Literal[tuple(exits.WEIGHTS)] = "1"     # w_n of the aligned loss over exits
     imitation: float = 0.01             # weight of the loss that teaches the causal rule top-k's choices
+    balance: float = 0.01               # weight of the loss that keeps experts equally busy
     tau: float = 0.3                    # confidence threshold of the adaptive evaluation after training
     eval_every: int = 200               # steps between evaluations
     eval_windows: int = 32              # fixed validation windows, or batches of sentence pairs
@@ -85,11 +86,13 @@ RANGES = {  # option -> smallest and largest value; nan is in no range
                      "n_layer", "n_head", "n_embd", "enc_layer", "enc_head", "enc_embd", "batch_tokens"),
                     (1, 2**31)),
     **dict.fromkeys(("lr", "clip", "predictor_width"), (1e-12, 1e6)),
-    **dict.fromkeys(("weight_decay", "imitation", "alpha", "exit_cost", "sigma", "gradient_scale"), (0, 1e6)),
+    **dict.fromkeys(("weight_decay", "imitation", "balance", "alpha", "exit_cost", "sigma",
+                     "gradient_scale"), (0, 1e6)),
     **dict.fromkeys(("beta1", "beta2", "dropout", "label_smoothing"), (0, 1 - 1e-9)),
-    **dict.fromkeys(("seed", "stop_at", "warmup", "n_inner"), (0, 2**31)),
+    **dict.fromkeys(("seed", "stop_at", "warmup", "n_inner", "experts", "noops"), (0, 2**31)),
     **dict.fromkeys(("tau", "lr_end"), (0, 1)),
-    "block_size": (2, 2**20), "capacity": (1e-9, 1), "average": (1, 100), "paths": (1, 1000),
+    "block_size": (2, 2**20), "capacity": (1e-9, 1), "expert_capacity": (1e-9, 1e3), "average": (1, 100),
+    "paths": (1, 1000),
 }
 
 
@@ -104,6 +107,8 @@ def idle(options):
         why |= dict.fromkeys(names, "nothing learns to route (--router random)")
     elif m.causal == "router":
         why["predictor_width"] = "the router decides, there is no predictor (--causal router)"
+    if not m.experts:
+        why |= dict.fromkeys(("noops", "expert_capacity", "balance"), "there are no experts (--experts)")
     if m.exits == "last":
         why |= dict.fromkeys(("exit_weights", "tau"), "only the last block has a classifier (--exits last)")
     if options.translate:
@@ -121,7 +126,7 @@ def idle(options):
     if options.objective != "mixed":
         why["paths"] = "exits are drawn by --objective mixed"
     if options.objective != "aligned":
-        names = ("exit_weights", "gradient_scale", "imitation")
+        names = ("exit_weights", "gradient_scale", "imitation", "balance")
         why |= dict.fromkeys(names, f"it belongs to --objective aligned, not {options.objective}")
     if options.schedule == "inverse_sqrt":
         why["lr_end"] = "the inverse square root has no end"
@@ -222,9 +227,9 @@ def refuse_combinations(options):
     m = options.model
     if m.exits == "last" and (m.halting != "none" or options.objective != "aligned"):
         raise UserError("learning where to exit, or by mixed exits, needs classifiers: --exits all")
-    if options.objective == "mixed" and m.routed != "none":
-        raise UserError("--objective mixed cannot train routed blocks: top-k would choose among tokens that "
-                        "have left. Use --routed none")
+    if options.objective == "mixed" and (m.routed != "none" or m.experts):
+        raise UserError("--objective mixed cannot train routed blocks or experts: those would choose among "
+                        "tokens that have left. Use --routed none, no --experts")
     if options.objective == "mixed" and m.halting != "none":
         raise UserError("the oracle needs all exits of every token, --objective mixed draws one: train the "
                         "predictor afterwards, --init THAT_RUN --objective halting")
@@ -245,20 +250,25 @@ def refuse_combinations(options):
 
 @dataclass
 class Halting:
-    """When to exit, on the command line."""
+    """When to exit, and what routes, on the command line."""
     rule: str = "auto"          # full, fixed:3, random, confidence:0.5 or :0.5,0.6,..., learned, learned:0.4
     tau: tuple[float, ...] = ()     # the same as --rule confidence:...
     exit: int = 0               # the same as --rule fixed:...
+    causal: Literal["auto", "predictor", "router"] = "auto"     # routed blocks: auto is what was trained
 
     def named(self, trained):
-        """The rule's name; auto: learned if something was, else confidence if there are exits."""
+        """The exit rule's name; auto: learned if something was, else confidence if there are exits."""
+        m = trained.model
+        own = "nothing" if m.routed == "none" or m.router == "random" else m.causal
+        if self.causal not in ("auto", own):
+            raise UserError(f"--causal {self.causal} was not trained: in this run {own} learned to route. "
+                            f"Train another with --causal {self.causal}")
         given = [f"confidence:{','.join(map(str, self.tau))}"] if self.tau else []
         given += [f"fixed:{self.exit}"] if self.exit else []
         if len(given) + (self.rule != "auto") > 1:
             raise UserError("one rule at a time: --rule, --tau or --exit; the others would do nothing")
         if given or self.rule != "auto":
             return given[0] if given else self.rule
-        m = trained.model
         if m.halting != "none":
             return "learned"
         return f"confidence:{trained.tau:g}" if m.exits == "all" else "full"

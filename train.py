@@ -50,6 +50,9 @@ def aligned(model, batch, scale, options):
         if visit.guess is not None and visit.guess.requires_grad:      # the random control learns nothing
             ends.append(imitation_loss(visit, batch.live) * scale * options.imitation)
             gradients.append(None)
+        if visit.choice is not None:
+            ends.append(visit.choice.balance * scale * options.balance)
+            gradients.append(None)
     if model.halting:
         exit_at = run.oracle(torch.stack(nats, -1), torch.stack(right, -1), batch.there, options)
         lost = model.halting.loss(states, past and past[0].source, exit_at, batch.there)

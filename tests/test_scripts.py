@@ -33,7 +33,7 @@ def test_the_default_run_ends_with_a_sample_and_figures(finished):
     assert files == {"options.json", "tokenizer.json", "meta.json", "metrics.jsonl", "ckpt.pt", "depth.npz",
                      "sample.txt", "sample.npz", "evaluation.json", "figures/map.png", "figures/depth.png",
                      "figures/router.png", "figures/loss.png", "figures/text.png",
-                     "figures/frontier.png"}
+                     "figures/frontier.png", "figures/when.png"}
     for picture in finished.glob("figures/*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
     depth = np.load(finished / "depth.npz")
@@ -105,6 +105,21 @@ def test_a_token_has_the_colour_of_the_reading_that_wrote_it(capsys):
     assert "exit after block 1.50 of 3 on average, 1.50 blocks run" in said
 
 
+def test_kinds_of_tokens():
+    """A space that hides what follows, a keyword inside a string, a quote in prose that swallows the rest."""
+    def kinds(text, code):
+        pieces = text.split("|")
+        known = list(dict.fromkeys(pieces))
+        encoding = tiktoken.Encoding("pieces", pat_str="x", special_tokens={"<|endoftext|>": 99},
+                                     mergeable_ranks={p.encode(): i for i, p in enumerate(known)})
+        return " ".join(plot.kinds_of(encoding, [*map(known.index, pieces), 99], code))
+    assert kinds("def| fü|(|x|):|  |# if|\n| 12|.5", True) == \
+        "keyword name punctuation name punctuation space text space number number end"
+    assert kinds(" '|not|'|\n|\"\"\"|is\n|\"\"\"|is", True) == \
+        "text text text space text text text keyword end"
+    assert kinds("It|'s| a| dog|'|s", False) == "word punctuation word word punctuation word end"
+
+
 def test_the_map_shows_what_ran_what_went_around_and_what_was_copied():
     """A map that is off by a block or a token, and a pretty picture all the same."""
     score = np.full((1, 3, 3), np.nan)
@@ -153,6 +168,7 @@ def test_bad_samples(finished, capsys, tmp_path):
     assert "there are full, fixed:N" in no("--rule", "sometimes")
     assert "not a number" in no("--rule", "fixed:x") and "takes no number" in no("--rule", "random:3")
     assert "no predictor of exits" in no("--rule", "learned")
+    assert "--causal router was not trained: in this run predictor learned" in no("--causal", "router")
     assert "at least" in no("--tokens", "0") and "at least" in no("--temperature", "-1")
     assert "at least" in no("--seed", "-1") and "at least" in no("--temperature", "nan")
     assert "Perhaps you meant" in no("--temprature", "1")

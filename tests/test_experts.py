@@ -1,0 +1,239 @@
+"""Experts [MoD 4.3] and the random control [MoD 3.3]; what the training path may not do."""
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, V, texts, tiny
+from test_equivalence import by_steps, close, same
+from test_scripts import refused
+from test_translation import Counter
+
+import cost
+import decode
+import evaluate
+import exits
+import run
+import train
+from experts import Experts
+from model import Tokens, positions
+from routing import FAR, causal, imitation_loss, top_k
+
+KINDS = {"moe": {"routed": "none", "experts": 3}, "integrated": {"routed": "none", "experts": 2, "noops": 2},
+         "staged": {"routed": "odd", "experts": 3}}
+
+
+def experts(E=3, noops=2, capacity=1.25, C=8):
+    torch.manual_seed(0)
+    made = Experts(C, 12, E, noops, capacity, 0.0).double()
+    for p in made.parameters():
+        torch.nn.init.normal_(p)
+    return made
+
+
+def in_a_loop(made, x, pos, capacity):
+    """Token by token: (T,C), who ran which expert. capacity: most tokens an expert may take; None: all."""
+    E, out, expert = made.count, torch.zeros_like(x), [-1] * len(x)
+    p = [(made.router.weight @ token).softmax(0) for token in x]
+    for e in range(E):
+        mine = [t for t in range(len(x)) if pos[t] < FAR and int(p[t].argmax()) == e]
+        if capacity is not None:
+            mine = sorted(mine, key=lambda t: (-p[t][e].item(), t))[:capacity]
+        for t in mine:
+            out[t] = p[t][e] * (F.gelu(x[t] @ made.fc.weight[e]) @ made.proj.weight[e])
+            expert[t] = e
+    return out, expert
+
+
+@pytest.mark.parametrize("E, noops, capacity", [(3, 2, 1.0), (2, 0, 0.5), (4, 4, 1.25), (1, 1, 1.0)])
+def test_experts_are_the_loop_over_tokens(E, noops, capacity):
+    """A token that runs an expert it did not choose, two experts or a noop's weights; a gate that is not its
+    own probability; places left over in an expert that are filled or counted; padding that takes a place."""
+    made, T = experts(E, noops, capacity), 12
+    x, pos = torch.randn(2, T, 8, dtype=torch.float64), torch.arange(T).expand(2, T).clone()
+    pos[1, 7:] = FAR
+    for route in (top_k, causal):
+        found, choice = made(x, pos, route)
+        for b, there in enumerate((12, 7)):
+            share = capacity / (E + noops)
+            limit = None if route is causal else max(1, round(share * there))
+            expected, expert = in_a_loop(made, x[b], pos[b], limit)
+            close(found[b].detach(), expected.detach())
+            assert choice.expert[b].tolist() == expert
+    assert (choice.expert >= 0).any() and (choice.expert[0] < 0).any() == (noops > 0)
+
+
+def test_the_balance_loss():
+    """E sum f P, in tokens: as many as there are when everything is even, more when one expert has all."""
+    made, pos = experts(4, 0), torch.arange(6).expand(2, 6)
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    p = (x @ made.router.weight.T).softmax(-1).flatten(0, 1)
+    share = torch.stack([(p.argmax(-1) == e).double().mean() for e in range(4)])
+    _, choice = made(x, pos, top_k)
+    close(choice.balance.detach(), (4 * 12 * (share * p.mean(0)).sum()).detach())
+    choice.balance.backward()
+    assert made.router.weight.grad.abs().sum() > 0 and made.fc.weight.grad is None
+    made.router.weight.data.zero_()
+    close(made(x, pos, top_k)[1].balance.detach(), 12)
+    half = torch.cat([pos[:1], torch.full_like(pos[:1], FAR)])
+    close(made(x, half, top_k)[1].balance.detach(), 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampling_with_experts_is_reading_at_once(kind):
+    """An expert that sees other tokens of the call, a row that changes another, a future that leaks."""
+    model, ids = tiny(**KINDS[kind]), texts(T=12)
+    whole = decode.read(model, ids, positions(ids), None, exits.full_depth, causal)
+    steps, _ = by_steps(model, ids, exits.full_depth)
+    same(whole, steps)
+    assert torch.equal(whole.worked, steps.worked) and (whole.worked <= whole.visited).all()
+    assert torch.equal(whole.worked, whole.visited) == ("noops" not in KINDS[kind])
+    alone = decode.read(model, ids[1:2], positions(ids[1:2]), None, exits.full_depth, causal)
+    close(alone.logits[0], whole.logits[1])
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % V
+    changed = decode.read(model, other, positions(ids), None, exits.full_depth, causal)
+    close(changed.logits[:, :-1], whole.logits[:, :-1])
+
+
+def test_crowded_experts_leak_in_training_only():
+    """Under top_k a later token can push an earlier one out of an expert."""
+    model, ids, leaks = tiny(routed="none", experts=2, expert_capacity=0.5), texts(T=12), 0
+    before = model.logits(ids)
+    for token in range(V):
+        other = ids.clone()
+        other[:, -1] = token
+        leaks += not torch.allclose(model.logits(other)[:, :-1], before[:, :-1], atol=1e-9)
+    assert leaks > 0
+
+
+def test_a_staged_choice_belongs_to_the_selected_tokens():
+    model, ids = tiny(**KINDS["staged"]), texts()
+    for n, (_, visit) in enumerate(model.trunk(model.embed(ids), Tokens(positions(ids)))):
+        assert not (visit.choice.expert[~visit.ran] >= 0).any() and (visit.choice.expert >= 0).any()
+        assert (n in (1, 3)) == bool((~visit.ran).any())
+
+
+@pytest.mark.parametrize("options", [{"routed": "none"}, {}, {"capacity": 1.0}, {"causal": "router"},
+                                     {"router": "random"}, *KINDS.values()], ids=str)
+def test_training_flops_are_those_that_run(options):
+    """A harness that gives one arm more than another."""
+    model, ids = tiny(exits="last", block_size=32, **options), texts(T=32)
+    with torch.no_grad(), Counter() as counted:
+        model.logits(ids)
+    assert cost.training(model.config, V, 32) * 3 == 3 * counted.flops > 0
+
+
+# ----------------------------------------------------------------------------- the random control
+
+
+def test_chance_is_even_and_belongs_to_the_place():
+    """Shares other than the capacity, blocks that agree, a token that fares otherwise alone."""
+    model, pos = tiny(router="random", routed="all"), torch.arange(40_000).view(1, -1)
+    scores, guesses = zip(*(b.chance(pos) for b in model.blocks), strict=True)
+    for score, guess in zip(scores, guesses, strict=True):
+        assert abs((guess > 0).double().mean() - 0.25) < 0.01
+        assert abs(score.mean()) < 0.02 and abs(score.std() - 1) < 0.02 and score.isfinite().all()
+    agreement = ((guesses[0] > 0) == (guesses[1] > 0)).double().mean()
+    assert abs(agreement - (0.25**2 + 0.75**2)) < 0.02
+    ids = texts()
+    whole = decode.read(model, ids, positions(ids), None, exits.full_depth, causal)
+    same(whole, by_steps(model, ids, exits.full_depth)[0])
+    assert whole.visited.any() and not whole.visited.all()
+
+
+@pytest.mark.parametrize("gate", ["raw", "one"])
+def test_the_control_is_top_k_of_noise(gate):
+    """Noise that repeats in training, a number of tokens other than k, a gate other than the score or 1."""
+    model, ids = tiny(router="random", gate=gate).train(), texts()
+    at, x = Tokens(positions(ids)), torch.randn(3, 16, 16, dtype=torch.float64)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        y, visit = model.blocks[1](x, at, model_past(), top_k)
+        assert (visit.ran.sum(1) == 4).all()
+        runs.append((y, visit))
+    assert torch.equal(runs[0][0], runs[1][0]) and not torch.equal(runs[0][1].ran, runs[2][1].ran)
+    y, visit = runs[0]
+    for b in range(3):
+        idx = visit.score[b].topk(4).indices.sort().values
+        update = model.blocks[1].block.residual(x[b:b + 1, idx], idx[None], model_past(), top_k)[0]
+        gates = visit.score[b, idx, None] if gate == "raw" else 1
+        close((y - x)[b, idx].detach(), (gates * update[0]).detach())
+    assert not visit.guess.requires_grad and torch.isfinite(imitation_loss(visit))
+
+
+def model_past():
+    from model import Now
+    return Now()
+
+
+# ----------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": "router"}, {"router": "random"},
+                                     {"experts": 3, "noops": 1}], ids=str)
+def test_the_training_path_is_one_graph(options):
+    """A shape or a branch that depends on the data: the host would wait for the device."""
+    model, ids = tiny(**options).train(), texts()
+    at = Tokens(positions(ids))
+
+    def loss(x):
+        total = 0
+        for block in model.blocks:
+            x, visit = block(x, at, model_past(), top_k)
+            if visit.guess is not None:
+                total = total + imitation_loss(visit)
+        return x.square().sum() + total
+
+    torch.compiler.reset()
+    x = torch.randn(3, 16, 16, dtype=torch.float64)
+    torch.manual_seed(0)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)(x)
+    torch.manual_seed(0)
+    close(compiled.detach(), loss(x).detach())
+
+
+@pytest.mark.parametrize("words", [["--experts", "2", "--noops", "2", "--routed", "none"], ["--experts", "2"],
+                                   ["--router", "random", "--gate", "one"]], ids=" ".join)
+def test_training_and_measuring(words, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "finish", lambda *a: None)
+    train.main(["--data", str(dataset), "--out", str(tmp_path), *TINY, "--lr", "0.01", *words])
+    [folder] = tmp_path.iterdir()
+    lines = run.read_metrics(folder)
+    assert lines[-1]["loss"]["top_k"][-1] < lines[0]["loss"]["top_k"][-1]
+    evaluate.main(["--run", str(folder), "--rules", "full", "fixed:2"])
+    depth = np.load(folder / "depth.npz")
+    assert depth["worked"].shape == depth["visited"].shape
+    rows = {r["rule"]: r for r in run.read_json(folder / "evaluation.json", "forced")}
+    assert rows["fixed:2"]["mflops_paper"] < rows["full"]["mflops_paper"]
+
+
+def test_the_balance_loss_is_trained(dataset):
+    """A weight that does nothing: experts that start uneven become even."""
+    found = []
+    for balance in ("0", "1"):
+        options = run.read_options(["--data", str(dataset), *TINY, "--routed", "none", "--experts", "4",
+                                    "--lr", "0.01", "--balance", balance])
+        torch.manual_seed(0)
+        model = run.build(options, 300)
+        for block in model.blocks:
+            block.mlp.router.weight.data[0] += 0.2
+        from data.batches import batches_of, open_data
+        training = batches_of(open_data(str(dataset), "")[1], "train", options)
+        optimizer = train.optimizer_of(model, options)
+        for t in range(options.steps):
+            train.step_once(model, optimizer, training, options, t, contextlib.nullcontext())
+        batch = training.step(0, 99)
+        found.append(sum(v.choice.balance.item() for _, v in model.states(batch)) / batch.count)
+    assert found[1] < found[0]
+
+
+def test_combinations_that_cannot_be(capsys):
+    for words, said in {"--gate one": "no gradient", "--noops 2": "there are no experts",
+                        "--experts 2 --objective mixed --routed none": "those would choose among tokens",
+                        "--router random --causal router": "nothing learns to route",
+                        "--router random --imitation 1": "nothing learns to route",
+                        "--experts 2 --expert_capacity 0": "must be from"}.items():
+        assert said in refused(capsys, train.main, *words.split())
