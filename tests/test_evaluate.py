@@ -176,6 +176,8 @@ def test_the_final_weights_are_the_mean_of_the_last_checkpoints(pairs, tmp_path,
     for name, w in model.state_dict().items():
         torch.testing.assert_close(w, (state["last"][6][name] + state["last"][8][name]) / 2)
     assert not equal(state["last"][6], state["last"][8])
+    few = trained(pairs, tmp_path / "few", "--average", 9, "--save_every", 5)
+    assert list(weights(few)["last"]) == [5, 8]             # the weights before step 1 are no result
     single = trained(pairs, tmp_path / "one", "--average", 1)
     assert weights(single)["last"] == {}
     assert equal(dict(run.open_run(single, device="cpu")[3].state_dict()), dict(weights(single)["model"]))

@@ -65,8 +65,8 @@ def test_experts_are_the_loop_over_tokens(E, noops, capacity):
 
 
 def test_the_balance_loss():
-    """E sum f P, in tokens: as many as there are when everything is even, more when one expert has all."""
-    made, pos = experts(4, 0), torch.arange(6).expand(2, 6)
+    """E sum f P, in tokens, noops among the E: as many as there are when everything is even."""
+    made, pos = experts(3, 1), torch.arange(6).expand(2, 6)
     x = torch.randn(2, 6, 8, dtype=torch.float64)
     p = (x @ made.router.weight.T).softmax(-1).flatten(0, 1)
     share = torch.stack([(p.argmax(-1) == e).double().mean() for e in range(4)])
@@ -237,3 +237,14 @@ def test_combinations_that_cannot_be(capsys):
                         "--router random --imitation 1": "nothing learns to route",
                         "--experts 2 --expert_capacity 0": "must be from"}.items():
         assert said in refused(capsys, train.main, *words.split())
+
+
+def test_flops_of_decoding_with_experts():
+    """Noops that cost an MLP, choices that cost nothing."""
+    model, ids = tiny(**KINDS["integrated"]), texts(rows=1, T=12)
+    read = decode.read(model, ids, positions(ids), None, exits.full_depth, causal)
+    visited, exit_at, worked = (t[0].numpy() for t in (read.visited, read.exit_at, read.worked))
+    found = cost.decoding(model.config, V, visited, exit_at, worked=worked).flops
+    plain = cost.decoding(tiny(routed="none").config, V, visited, exit_at).flops
+    idle = (visited & ~worked).sum()
+    assert idle > 0 and plain - found == idle * 4 * 64 * 16 - 12 * 4 * 2 * 16 * (2 + 2)

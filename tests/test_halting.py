@@ -15,7 +15,7 @@ import decode
 import exits
 import train
 from data.batches import Batch
-from model import Now, Tokens, positions
+from model import GPT, GPTConfig, Now, Tokens, positions
 from routing import causal
 
 N = 4
@@ -296,6 +296,8 @@ def test_one_block_repeated():
     count = [sum(p.numel() for p in m.parameters()) for m in (model, other)]
     assert count[1] - count[0] == 3 * block
     other.load_state_dict(model.state_dict())
+    sizes = [GPT(GPTConfig(routed="none", share_blocks=s), 9).blocks[0].mlp.proj.weight.std() for s in (0, 1)]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.02          # a block that adds six times adds less each time
     ids = texts()
     close(model(ids).detach(), other(ids).detach())
     rule = exits.confidence([0.24, 0.2, 0.2])

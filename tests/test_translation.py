@@ -269,7 +269,7 @@ def test_beam_search_serves_prompts_of_a_gpt():
     model, prompts = tiny(), rows()
     found = decode.beam_search(model, prompts, [5, 5, 5], exits.full_depth, 2)
     for ((best, second), reads), prompt in zip(found, prompts, strict=True):
-        assert len(reads.parent) == len(prompt) + 2 * 4
+        assert len(reads.parent) == len(prompt) + 2 * 4 and len(best.visited) == len(best.ids) - 1
         assert best.score > second.score and best.ids[:len(prompt)] == prompt
         assert len(best.ids) == len(prompt) + 5
         ids = torch.tensor([best.ids])
