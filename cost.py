@@ -57,13 +57,14 @@ def mlp_flops(config, T):
 
 
 def training(config, vocab_size, T):
-    """FLOPs of a GPT's training step on one sequence of T tokens: three forward passes, backward being two.
-    Attention counts all T keys for every query, and k of k in a routed block [MoD 3.2]."""
+    """FLOPs of a GPT's training step on one sequence of T tokens: three forward passes, backward being two;
+    one less where the predictor's first layer stops the gradient. Attention counts all T keys for every
+    query, and k for k in a routed block [MoD 3.2]."""
     C, total, routed = config.n_embd, 0, config.routed_blocks()
     for n in range(config.n_layer):
         k = kept(config.capacity, T) if n in routed else T
         total += k * block_flops(C, 0, k) + mlp_flops(config, k)
-        total += T * router_flops(config) if n in routed else 0
+        total += T * (router_flops(config) - 2 * C * config.hidden / 3) if n in routed else 0
     return 3 * (total + T * 2 * vocab_size * C * (config.n_layer if config.exits == "all" else 1))
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from exits import Seen, nats
 from model import Tokens
-from routing import FAR, causal, confusion
+from routing import FAR, ROUTES, causal, confusion
 
 
 class KV:
@@ -50,7 +50,6 @@ class KV:
         seen = self.pos[:, None, None, :M] <= pos[:, None, :, None]                         # (B,1,T,M)
         k, v = self.k[:, :, :M].to(q.dtype), self.v[:, :, :M].to(q.dtype)                   # (B,nh,M,hs)
         return F.scaled_dot_product_attention(q, k, v, seen)
-
 
     def select(self, rows, source):
         """Go on with these rows, in any order, also twice (a beam turns), and with this source."""
@@ -120,6 +119,22 @@ def score(model, batch, route):
         if visit.guess is not None:
             counts += confusion(visit, batch.live)
     return torch.stack(losses), counts
+
+
+def measure(model, batches, context, stop=False):
+    """Score batches under every routing rule that makes a difference -> {rule: (nats (N,) of each exit summed
+    over tokens, counts as `score`)}, or None if `stop` came true on the way."""
+    found, m = {}, model.config
+    for name in ROUTES if m.routed != "none" or m.experts else ["top_k"]:
+        total = 0, 0
+        for batch in batches:
+            if stop:
+                return None
+            with context:
+                nats, counts = score(model, batch.to(model.wte.weight.device), ROUTES[name])
+            total = total[0] + nats.double().cpu(), total[1] + counts.cpu()
+        found[name] = total
+    return found
 
 
 def pad(rows, device):

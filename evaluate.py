@@ -29,8 +29,8 @@ import run
 from data.batches import batches_of, bits_per_byte, open_data
 from data.common import UserError, command
 from data.parallel import direction, read_lines, sentence, source_ids
-from decode import read, score, translate
-from routing import ROUTES, causal
+from decode import measure, read, translate
+from routing import causal
 
 
 @dataclass
@@ -56,12 +56,9 @@ class Options(run.Halting):
 
 def losses(model, batches, encoding, context):
     """-> {routing rule: {"loss": nats per token of each exit, "bits_per_byte": of each exit}}."""
-    tokens, factor, found = sum(b.count for b in batches), bits_per_byte(batches, encoding), {}
-    for name in ROUTES if model.config.routed != "none" else ["top_k"]:
-        with context:
-            sums = sum(score(model, b.to(model.wte.weight.device), ROUTES[name])[0].double() for b in batches)
-        found[name] = {"loss": (sums / tokens).tolist(), "bits_per_byte": (sums / tokens * factor).tolist()}
-    return found
+    tokens, factor = sum(b.count for b in batches), bits_per_byte(batches, encoding)
+    return {rule: {"loss": (nats / tokens).tolist(), "bits_per_byte": (nats / tokens * factor).tolist()}
+            for rule, (nats, _) in measure(model, batches, context).items()}
 
 
 def under_rule(model, batches, name, trained, context, missing):

@@ -283,7 +283,7 @@ def main(argv=None):
         encoding = load_tokenizer(folder / "tokenizer.json")
         figures["map"] = draw_map(depth, encoding, options)
         figures["depth"] = draw_depth(depth)
-        if depth["visited"].sum(-1).std() > 0:
+        if depth["visited"].sum(-1)[depth["targets"] >= 0].std() > 0:
             code = run.read_json(folder / "meta.json", "name") == "pysource"
             figures["when"] = draw_when(depth, encoding, code)
         if depth["routed"].any():

@@ -62,6 +62,11 @@ LEARNED = [     # predictor, oracle, trunk: left as it is, or trained with it; e
     ("sequence", "likelihood", "frozen", 1.0)]
 
 
+def markdown(head, rows):
+    """Column names and rows of strings -> a Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
 def dat_data(scale):
     """-> the folder under data/, the set that it is prepared as, and words for its prepare.py."""
     name = "iwslt14" if scale == "paper" else "multi30k"
@@ -98,19 +103,19 @@ def dat_points(scale, found):
 
 def dat_table(found):
     """{point: its JSON} -> Markdown."""
-    lines, named = [], []
+    rows, splits = [], []
     for name, point in found.items():
-        splits = point["evaluation"]["translated"]
-        named = named or list(splits)
-        for rows in zip(*splits.values(), strict=True):
-            r, bleu = rows[0], " | ".join(f"{row['bleu']:.2f}" for row in rows)
-            lines.append(f"| {name} | {r['rule']} | {bleu} | {r['exit']:.2f} | {r['blocks']:.2f} | "
-                         f"{r['mflops_paper']:.1f} | {r['mflops_needed']:.1f} | {r['seconds']:.1f} |")
-    head = f"| model | rule | {' | '.join(f'BLEU {s}' for s in named)} | exit | blocks | " \
-           "MFLOPs a sentence, all hypotheses: paper | needed | seconds |"
-    return "\n".join(["", head, "|---" * head.count(" |") + "|", *lines, "",
-                      f"exit, blocks, FLOPs and seconds (beam {point['evaluation']['options']['beam']}) on "
-                      f"{named[0]}; {r['signature']}"])
+        translated = point["evaluation"]["translated"]
+        splits = splits or list(translated)
+        for each in zip(*translated.values(), strict=True):
+            r = each[0]
+            rows.append([name, r["rule"], *(f"{row['bleu']:.2f}" for row in each), f"{r['exit']:.2f}",
+                         f"{r['blocks']:.2f}", *(f"{r[k]:.1f}" for k in ("mflops_paper", "mflops_needed",
+                                                                        "seconds"))])
+    head = ["model", "rule", *(f"BLEU {s}" for s in splits), "exit", "blocks",
+            "MFLOPs a sentence, all hypotheses: paper", "needed", "seconds"]
+    return markdown(head, rows) + f"\n\nexit, blocks, FLOPs and seconds (beam " \
+        f"{point['evaluation']['options']['beam']}) on {splits[0]}; {r['signature']}"
 
 
 def kind_of(rule):
@@ -144,8 +149,9 @@ def dat_figure(found):
     return fig
 
 
-ARMS = {        # name -> words for train.py [MoD 3.2, 4.1]
+ARMS = {        # name -> words for train.py [MoD 3.2, 4.1]; half: without the blocks that MoD routes
     "dense": ["--routed", "none"],
+    "half": ["--routed", "none", "--n_layer", "{half}"],
     "mod": [],
     "mod-50": ["--capacity", "0.5"],
     "mod-every": ["--routed", "all"],
@@ -173,7 +179,8 @@ def isoflop_points(scale, found):
         for L, heads, C in sizes[1:] if arm == "mod-every" else sizes[:-1]:     # its best is further right
             name = f"{arm}-{L}x{C}"
             train = f"--data {isoflop_data(scale)[0]} --exits last --n_layer {L} --n_head {heads} --n_embd " \
-                f"{C} --block_size {T} --batch {tokens // T} --lr {0.3 / C:.6f}".split() + words
+                f"{C} --block_size {T} --batch {tokens // T} --lr {0.3 / C:.6f}".split()
+            train += [word.format(half=L // 2) for word in words]
             steps = round(budget / (cost.training(run.read_options(train).model, vocab, T) * tokens / T))
             train += f"--steps {steps} --warmup {max(1, steps // 20)} --eval_every {steps} --log_every 1 " \
                 f"--save_every {max(1, steps // 5)} --eval_windows 256".split()
@@ -182,7 +189,7 @@ def isoflop_points(scale, found):
                 loss = held_out(found[name])
                 best[arm] = min(best.get(arm, (math.inf, None)), (loss, points[-1]), key=lambda b: b[0])
     if all(p.name in found for p in points):
-        points += [Point(f"{p.name}-seed{seed}", [*p.train, "--seed", str(seed)], [])
+        points += [Point(f"{p.name}-seed{seed}", [*p.train, "--seed", str(1000 + seed)], [])
                    for _, p in best.values() for seed in (1, 2)]
     return points
 
@@ -194,58 +201,60 @@ def held_out(point):
 
 
 def isoflop_rows(found):
-    """{point: its JSON} -> {arm: rows sorted by size}; FLOPs relative to the best dense model's."""
+    """{point: its JSON} -> {arm: rows by size}; FLOPs and step times relative to the best dense model's."""
     arms = {}
     for name, p in found.items():
         o = p["options"]
-        config = GPTConfig(**{f.name: o[f.name] for f in dataclasses.fields(GPTConfig)})
+        config = GPTConfig(**{f.name: o[f.name] for f in dataclasses.fields(GPTConfig) if f.name in o})
         forward = cost.training(config, p["vocab_size"], o["block_size"]) / 3 / o["block_size"]
         arm = next(a for a in sorted(ARMS, key=len, reverse=True) if name.startswith(a + "-"))
         arms.setdefault(arm, []).append(
             {"name": name, "parameters": p["parameters"], "forward": forward, "training": p["training_loss"],
              "top_k": p["metrics"][-1]["loss"]["top_k"][-1], "held_out": held_out(p), "steps": o["steps"],
-             "step": o["batch"] * o["block_size"] / p["tokens_per_s"], "seed": o["seed"]})
+             "epochs": o["steps"] * o["batch"] * o["block_size"] / p["tokens"], "step": p["step_seconds"],
+             "first": "-seed" not in name})
     unit = min(arms.get("dense") or sum(arms.values(), []), key=lambda r: r["held_out"])
     for rows in arms.values():
-        rows.sort(key=lambda r: (r["parameters"], r["seed"]))
+        rows.sort(key=lambda r: (r["parameters"], r["name"]))
         for r in rows:
             r |= {"relative": r["forward"] / unit["forward"], "time": r["step"] / unit["step"]}
     return arms
 
 
 def parabola(rows):
-    """Least squares of held-out loss in log N -> (best N or None if it opens downwards, coefficients)."""
+    """Least squares of held-out loss in log N -> (best N, None if it is outside the sizes or a maximum;
+    coefficients, None for fewer than three sizes)."""
     x, y = np.log([r["parameters"] for r in rows]), [r["held_out"] for r in rows]
     if len({*x}) < 3:
         return None, None
     fit = np.polyfit(x, y, 2)
-    return (math.exp(-fit[1] / 2 / fit[0]) if fit[0] > 0 else None), fit
+    best = -fit[1] / 2 / fit[0]
+    return (math.exp(best) if fit[0] > 0 and x.min() <= best <= x.max() else None), fit
 
 
 def isoflop_table(found):
-    lines = ["", "| model | parameters | steps | loss: training | held out, top-k | held out, causal | "
-             "forward FLOPs / best dense | measured step / best dense |", "|---" * 8 + "|"]
-    arms = isoflop_rows(found)
-    for rows in arms.values():
-        for r in rows:
-            lines.append("| {name} | {parameters:,} | {steps} | {training:.3f} | {top_k:.3f} | "
-                         "{held_out:.3f} | {relative:.2f} | {time:.2f} |".format(**r))
-    lines += ["", "| arm | best size measured | held-out loss, mean of its seeds | max - min | seeds | best "
-              "size by the parabola |", "|---" * 6 + "|"]
+    arms, best = isoflop_rows(found), []
+    head = ["model", "parameters", "steps", "epochs", "loss: training", "held out, top-k", "held out, causal",
+            "forward FLOPs / best dense", "measured step / best dense"]
+    form = "{name}|{parameters:,}|{steps}|{epochs:.1f}|{training:.3f}|{top_k:.3f}|{held_out:.3f}|" \
+        "{relative:.2f}|{time:.2f}"
     for arm, rows in arms.items():
-        size = min((r for r in rows if r["seed"] == 0), key=lambda r: r["held_out"])["parameters"]
-        losses = [r["held_out"] for r in rows if r["parameters"] == size]
-        at = parabola([r for r in rows if r["seed"] == 0])[0]
-        lines.append(f"| {arm} | {size:,} | {np.mean(losses):.3f} | {np.ptp(losses):.3f} | {len(losses)} | "
-                     + (f"{at:,.0f} |" if at else "outside |"))
-    return "\n".join(lines)
+        first = [r for r in rows if r["first"]]
+        size = min(first, key=lambda r: r["held_out"])["parameters"]
+        losses, at = [r["held_out"] for r in rows if r["parameters"] == size], parabola(first)[0]
+        spread = f"{np.ptp(losses):.3f}" if len(losses) > 1 else ""
+        best.append([arm, f"{size:,}", f"{np.mean(losses):.3f}", spread, str(len(losses)),
+                     f"{at:,.0f}" if at else "none between"])
+    return markdown(head, [form.format(**r).split("|") for rows in arms.values() for r in rows]) + "\n\n" \
+        + markdown(["arm", "best size measured", "held-out loss, mean of seeds (the first chose the size)",
+                    "max - min", "seeds", "best size by the parabola"], best)
 
 
 def isoflop_figure(found):
     """Held-out loss against parameters with parabolas, FLOPs of a forward pass, and measured step time."""
     fig, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True)
     for color, (arm, rows) in zip(plt.cm.tab10(range(10)), isoflop_rows(found).items(), strict=False):
-        line = [r for r in rows if r["seed"] == 0]
+        line = [r for r in rows if r["first"]]
         for ax, x in zip(axes, ("parameters", "relative", "time"), strict=True):
             ax.plot([r[x] for r in rows], [r["held_out"] for r in rows], "o", color=color, ms=5, mfc="none")
             if x != "parameters":
@@ -265,27 +274,28 @@ def isoflop_figure(found):
 
 def sampling_points(scale, found):
     """The middle size of mod-isoflop (run that first), routed by whatever can decide without the future."""
-    mod = [p for p in isoflop_points(scale, {}) if p.name.startswith("mod-")][2]
+    mod, control = ([p for p in isoflop_points(scale, {}) if p.name.startswith(arm)][2]
+                    for arm in ("mod-", "random-"))
     size, rules, there = mod.name.removeprefix("mod"), ["--rules", "full"], f"../mod-isoflop-{scale}/"
     return [Point("predictor", [], rules, f"{there}mod{size}"),
             Point("router", [*mod.train, "--causal", "router"], rules),
             Point("sigmoid", [*mod.train, "--gate", "sigmoid"], rules),
             Point("random", [], rules, f"{there}random{size}"),
-            Point("random-one", [*mod.train, "--router", "random", "--gate", "one"], rules),
+            Point("random-one", [*control.train, "--gate", "one"], rules),
             Point("dense", [], rules, f"{there}dense{size}")]
 
 
 def sampling_table(found):
-    L = next(iter(found.values()))["options"]["n_layer"]
-    lines = ["", "| model | loss: top-k | causal | right about top-k | always no | precision | recall | "
-             f"blocks run of {L} | cache / dense |", "|---" * 9 + "|"]
+    L, rows = next(iter(found.values()))["options"]["n_layer"], []
     for name, p in found.items():
         last, [row] = p["metrics"][-1], p["evaluation"]["forced"]
         how = last.get("imitation")
         told = [f"{how[k]:.1%}" if how else "" for k in ("accuracy", "base_rate", "precision", "recall")]
-        lines.append(f"| {name} | {last['loss']['top_k'][-1]:.4f} | {held_out(p):.4f} | {' | '.join(told)} | "
-                     f"{row['blocks']:.2f} | {row['cache']:.0%} |")
-    return "\n".join(lines)
+        losses = [f"{loss:.4f}" for loss in (last["loss"]["top_k"][-1], held_out(p))]
+        rows.append([name, str(p["options"]["steps"]), *losses, *told,
+                     f"{row['blocks']:.2f}", f"{row['cache']:.0%}"])
+    return markdown(["model", "steps", "loss: top-k", "causal", "right about top-k", "always no", "precision",
+                     "recall", f"blocks run of {L}", "cache / dense"], rows)
 
 
 def sampling_figure(found):
@@ -341,9 +351,7 @@ def script(name, *words):
 
 
 def finish_training(point, folder, o):
-    """Train the point in folder, or go on where it was stopped. -> (run folder, seconds of all attempts)."""
-    spent = folder / "seconds.txt"
-    seconds = float(spent.read_text("utf-8")) if spent.exists() else 0.0
+    """Train the point in folder, or go on where it was stopped. -> run folder."""
     started = sorted(folder.glob("*/ckpt.pt"))
     if not started or not (started[-1].parent / "evaluation.json").exists():
         words = [*point.train, "--dtype", o.dtype, "--out", folder]
@@ -353,19 +361,19 @@ def finish_training(point, folder, o):
             words += ["--init", run_of(folder.parent / point.start)]
         if started:
             words = ["--resume", started[-1].parent]
-        seconds += script("train.py", *words, "--device", o.device)
-        run.write_text(spent, f"{seconds}\n")
+        script("train.py", *words, "--device", o.device)
     made = run_of(folder)
     if not (made / "evaluation.json").exists():
         raise UserError(f"{made} was stopped before its end: the same command goes on")
-    return made, seconds
+    return made
 
 
 def run_of(folder):
     """The run that a point made. UserError if there is none."""
     found = sorted(folder.glob("*/ckpt.pt"))
     if not found:
-        raise UserError(f"{folder} holds no run: make the point '{folder.name}' first (--points)")
+        raise UserError(f"{folder} holds no run: make that point of {folder.parent.name} first (and remove "
+                        "its JSON if that is there without the run)")
     return found[-1].parent
 
 
@@ -374,9 +382,9 @@ def measure(point, results, o):
     folder = Path(o.runs) / f"{o.name}-{o.scale}" / point.name
     if point.train:
         folder.mkdir(parents=True, exist_ok=True)
-        made, training = finish_training(point, folder, o)
+        made = finish_training(point, folder, o)
     else:
-        made, training = run_of(folder.parent / point.start), 0
+        made = run_of((folder.parent / point.start).resolve())
     evaluating = 0
     if point.evaluate:
         shutil.rmtree(made / "outputs", ignore_errors=True)
@@ -384,8 +392,8 @@ def measure(point, results, o):
     stored = json.loads((made / "options.json").read_text("utf-8"))
     found = {"point": point.name, "train": ["train.py", *point.train] if point.train else [],
              "evaluate": ["evaluate.py", *point.evaluate], "start": point.start, **stored,
-             "training_seconds": round(training), "evaluation_seconds": round(evaluating),
-             **trained_how(made), "evaluation": json.loads((made / "evaluation.json").read_text("utf-8"))}
+             "evaluation_seconds": round(evaluating), **trained_how(made),
+             "evaluation": json.loads((made / "evaluation.json").read_text("utf-8"))}
     for options in (found["options"], found["evaluation"]["options"]):
         for place in ("out", "run", "init", "resume"):      # paths of this machine
             options.pop(place, None)
@@ -398,12 +406,15 @@ def measure(point, results, o):
 def trained_how(made):
     """What a run's files say about its training: loss of the last exit over the last tenth of the steps."""
     metrics = run.read_metrics(made)
-    losses = [m["loss"][-1] for m in metrics if m["kind"] == "train"]
-    pace = [m["tokens_per_s"] for m in metrics if m["kind"] == "train"]
+    steps = [m for m in metrics if m["kind"] == "train"]
+    losses, seconds = [m["loss"][-1] for m in steps], float(np.median([m["seconds"] for m in steps]))
+    splits = run.read_json(made / "meta.json", "splits")
     return {"parameters": run.read_json(made / "evaluation.json", "parameters"),
             "vocab_size": run.read_json(made / "meta.json", "vocab_size"),
             "training_loss": float(np.mean(losses[-max(1, len(losses) // 10):])),
-            "tokens_per_s": pace[-1], "metrics": [m for m in metrics if m["kind"] == "val"]}
+            "tokens": splits["train"]["tokens"], "step_seconds": seconds,
+            "training_seconds": round(seconds * steps[-1]["step"], 1),
+            "metrics": [m for m in metrics if m["kind"] == "val"]}
 
 
 def draw(name, results, found):
@@ -416,7 +427,7 @@ def draw(name, results, found):
                        after=f" after {f['start']}" * bool(f["start"]),
                        words=" ".join(f["train"] or f["evaluate"]), minutes=f["training_seconds"] / 60)
                    for f in found.values()]
-        run.write_text(results / "table.md", "\n".join([*heading, table(found), ""]))
+        run.write_text(results / "table.md", "\n".join([*heading, "", table(found), ""]))
         fig = figure(found)
         fig.savefig(results / "figure.png", dpi=110, bbox_inches="tight")
         plt.close(fig)

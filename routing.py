@@ -107,10 +107,12 @@ class Routed(nn.Module):
 
     def chance(self, pos):
         """pos (B,T) -> score (B,T), guess (B,T) of the random control: noise, drawn anew while training as
-        dropout is, else a function of the position, so that a token fares alike alone or with others."""
+        dropout is, else a function of row and position, so that one pass is like token by token."""
         score = torch.randn(pos.shape, device=pos.device)
         if not self.training:
-            score = gaussian(((mixed_bits(pos * 73_856_093 + self.random * 83_492_791) >> 9) + 0.5) / 2**23)
+            row = torch.arange(len(pos), device=pos.device).unsqueeze(1)
+            bits = mixed_bits(pos * 73_856_093 + row * 19_349_663 + self.random * 83_492_791)
+            score = gaussian(((bits >> 9) + 0.5) / 2**23)
         return score, score - gaussian(torch.tensor(1 - self.capacity, device=pos.device))
 
     def scores(self, x, pos):

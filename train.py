@@ -18,9 +18,9 @@ import exits
 import run
 from data.batches import batches_of, bits_per_byte, open_data
 from data.common import UserError, command
-from decode import score
+from decode import measure
 from model import Tokens
-from routing import ROUTES, imitation_loss, report
+from routing import imitation_loss, report
 
 # ----------------------------------------------------------------------------- objectives
 
@@ -123,7 +123,7 @@ def optimizer_of(model, options):
     """AdamW; only matrices decay (not norms, biases, or the one-row routers)."""
     decayed, free = [], []
     for p in filter(lambda p: p.requires_grad, model.parameters()):
-        (decayed if p.dim() > 1 and p.size(0) > 1 else free).append(p)
+        (decayed if p.dim() > 2 or p.dim() == 2 and p.size(0) > 1 else free).append(p)
     groups = [{"params": decayed, "weight_decay": options.weight_decay},
               {"params": free, "weight_decay": 0.0}]
     fused = model.wte.weight.device.type in ("cpu", "cuda")
@@ -133,25 +133,17 @@ def optimizer_of(model, options):
 # ----------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, batches, options, context, stop=False):
+def evaluate(model, batches, context, stop=False):
     """Loss (nats per token) of every exit under each routing rule; how well the causal rule imitates top-k.
     -> dict for metrics.jsonl, or None if `stop` came true on the way."""
     model.eval()
-    device, loss = model.wte.weight.device, {}
-    tokens, counts = sum(b.count for b in batches), {}
-    for name in ROUTES if options.model.routed != "none" else ["top_k"]:
-        sums, counts[name] = 0, 0
-        for batch in batches:
-            if stop:
-                return None
-            with context:
-                nats, compared = score(model, batch.to(device), ROUTES[name])
-            sums, counts[name] = sums + nats.double().cpu(), counts[name] + compared
-        loss[name] = (sums / tokens).tolist()
-    found = {"loss": loss}
-    if "causal" in counts:      # under the causal rule, what is guessed is what runs
-        yes, _, _, no = counts["causal"].tolist()
-        found |= {"imitation": report(counts["top_k"]), "causal_share": yes / (yes + no)}
+    measured, tokens = measure(model, batches, context, stop), sum(b.count for b in batches)
+    if measured is None:
+        return None
+    found = {"loss": {rule: (nats / tokens).tolist() for rule, (nats, _) in measured.items()}}
+    if model.config.routed != "none":       # under the causal rule, what is guessed is what runs
+        yes, _, _, no = measured["causal"][1].tolist()
+        found |= {"imitation": report(measured["top_k"][1]), "causal_share": yes / (yes + no)}
     return found
 
 
@@ -233,7 +225,7 @@ def main(argv=None):
         began, tokens = time.perf_counter(), 0
         for t in range(start, end + 1):
             if t % options.eval_every == 0 or t == options.steps:
-                found = evaluate(model, batches, options, context, stop)
+                found = evaluate(model, batches, context, stop)
                 if found:
                     found["bits_per_byte"] = list(found["loss"].values())[-1][-1] * per_token
                     metrics.write("val", t, **found)
@@ -245,6 +237,7 @@ def main(argv=None):
                 saved = t
             if t == end or stop:
                 break
+            started = time.perf_counter()
             try:
                 nats, norm, count = step_once(model, optimizer, training, options, t, context)
             except FloatingPointError:
@@ -252,11 +245,12 @@ def main(argv=None):
                                 f"{folder}/ckpt.pt holds step {saved}. Try a lower --lr or a longer --warmup"
                                 ) from None
             tokens += count
-            speed = tokens / (time.perf_counter() - began)
+            ended = time.perf_counter()
             if (t + 1) % options.log_every == 0:
-                bar.set_postfix(loss=f"{nats[-1]:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
+                bar.set_postfix(loss=f"{nats[-1]:.3f}", tokens_per_s=f"{tokens / (ended - began):,.0f}",
+                                refresh=False)
                 metrics.write("train", t + 1, loss=nats.tolist(), norm=norm, lr=learning_rate(t, options),
-                              tokens_per_s=round(speed))
+                              seconds=round(ended - started, 5))
             bar.update()
     if stop or t < options.steps:
         print(f"stopped at step {t}, saved. Go on with: python train.py --resume {folder}")

@@ -262,7 +262,7 @@ def test_equal_flops_and_more_seeds_for_the_best(dataset, tmp_path, monkeypatch,
         best = min((n for n in found if n.startswith(arm) and "seed" not in n),
                    key=lambda n: reproduce.held_out(found[n]))
         assert {f"{best}-seed1", f"{best}-seed2"} == {n for n in found if n.startswith(arm) and "seed" in n}
-        assert found[f"{best}-seed2"]["options"]["seed"] == 2
+        assert found[f"{best}-seed2"]["options"]["seed"] == 1002
     for point in found.values():
         model = run.read_options(point["train"][1:]).model
         spent = point["options"]["steps"] * 128 / 32 * cost.training(model, 300, 32)
@@ -278,6 +278,8 @@ def test_parabola():
     assert reproduce.parabola(rows)[0] == pytest.approx(1e6)
     rows = [{"parameters": n, "held_out": -(math.log(n) - 14)**2} for n in (3e5, 1e6, 5e6)]
     assert reproduce.parabola(rows)[0] is None and reproduce.parabola(rows[:2]) == (None, None)
+    rows = [{"parameters": n, "held_out": (math.log(n) - 14)**2} for n in (3e3, 1e4, 5e4)]
+    assert reproduce.parabola(rows)[0] is None              # far outside what was measured
 
 
 def test_learning_where_to_exit_after_training(translator, copy, pairs, tmp_path, capsys):

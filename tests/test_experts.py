@@ -1,5 +1,6 @@
 """Experts [MoD 4.3] and the random control [MoD 3.3]; what the training path may not do."""
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import evaluate
 import exits
 import run
 import train
+from data.batches import Batch
 from experts import Experts
 from model import Tokens, positions
 from routing import FAR, causal, imitation_loss, top_k
@@ -118,11 +120,14 @@ def test_a_staged_choice_belongs_to_the_selected_tokens():
 @pytest.mark.parametrize("options", [{"routed": "none"}, {}, {"capacity": 1.0}, {"causal": "router"},
                                      {"router": "random"}, *KINDS.values()], ids=str)
 def test_training_flops_are_those_that_run(options):
-    """A harness that gives one arm more than another."""
-    model, ids = tiny(exits="last", block_size=32, **options), texts(T=32)
-    with torch.no_grad(), Counter() as counted:
-        model.logits(ids)
-    assert cost.training(model.config, V, 32) * 3 == 3 * counted.flops > 0
+    """A harness that gives one arm more than another; forward and backward of three rows."""
+    model, ids = tiny(exits="last", block_size=32, **options), texts(T=33)
+    batch = Batch(ids[:, :-1], ids[:, 1:], positions(ids[:, 1:]))
+    wish = SimpleNamespace(exit_weights="1", gradient_scale=0.0, label_smoothing=0.0, imitation=0.01,
+                           balance=0.01)
+    with Counter() as counted:
+        train.aligned(model, batch, 1 / 96, wish)
+    assert 3 * cost.training(model.config, V, 32) == pytest.approx(counted.flops, rel=1e-9)
 
 
 # ----------------------------------------------------------------------------- the random control

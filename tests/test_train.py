@@ -338,8 +338,8 @@ def test_an_interrupt_in_the_last_evaluation_is_one(train, monkeypatch):
     monkeypatch.setattr(script, "finish", lambda *a: finished.append(1))
     honest = script.evaluate
 
-    def slow(model, windows, options, context, stop):
-        found = honest(model, windows, options, context)
+    def slow(model, windows, context, stop):
+        found = honest(model, windows, context)
         if len(found["loss"]["causal"]) and slow.calls == 2:
             stop.came = True
         slow.calls += 1

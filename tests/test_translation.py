@@ -299,6 +299,9 @@ class Counter(torch.utils._python_dispatch.TorchDispatchMode):
         if name in ("mm", "addmm", "bmm"):
             a, b = args[-2:] if name == "addmm" else args[:2]
             self.flops += 2 * a.numel() * b.shape[-1]
+        elif name.startswith("_scaled_dot_product") and "backward" in name:
+            _, q, k = args[:3]
+            self.flops += 8 * q.numel() * k.shape[-2]
         elif name.startswith("_scaled_dot_product"):
             q, k = args[:2]
             self.flops += 4 * q.numel() * k.shape[-2]
