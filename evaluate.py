@@ -13,6 +13,7 @@ Results: evaluation.json, depth.npz and the translations outputs/SPLIT.RULE.txt 
 """
 import dataclasses
 import json
+import keyword
 import re
 import time
 from dataclasses import dataclass
@@ -77,6 +78,36 @@ def under_rule(model, batches, name, trained, context, missing):
                   "visited": found.visited, "worked": found.worked, "score": found.score.float()}
         parts.append({k: widen(v.cpu().numpy(), T, -1 if k == "targets" else 0) for k, v in arrays.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+WORDS = rb"(?P<number>\d[\w.]*)|(?P<name>[A-Za-z_\x80-\xff][\w\x80-\xff]*)|(?P<space>\s+)|(?P<punctuation>.)"
+TEXT = rb"(?P<text>('{3}|\"{3}).*?\2|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)"
+
+
+def kinds_of(encoding, ids, code):
+    """One document's token ids -> the kind of each: space, number, punctuation, end, and word, or in Python
+    code name, keyword and text (strings and comments). A token is what its first byte is that is no space."""
+    pieces = [b"" if i == encoding.eot_token else encoding.decode_single_token_bytes(int(i)) for i in ids]
+    kinds = []
+    for match in re.finditer(TEXT + b"|" + WORDS if code else WORDS, b"".join(pieces), re.S):
+        kind = match.lastgroup
+        if kind == "name":
+            reserved = code and keyword.iskeyword(match[0].decode("utf-8", "replace"))
+            kind = "keyword" if reserved else "name" if code else "word"
+        kinds += [kind] * len(match[0])
+    starts = np.cumsum([0, *map(len, pieces)])[:-1]
+    first = [start + len(p) - len(p.lstrip() or p) for start, p in zip(starts, pieces, strict=True)]
+    return ["end" if not p else kinds[at] for p, at in zip(pieces, first, strict=True)]
+
+
+def kinds_in(data, trained):
+    """The kinds of the tokens in the validation windows (W,T), told from whole documents."""
+    documents = np.split(data.val, np.flatnonzero(data.val == data.encoding.eot_token) + 1)
+    code = data.meta["name"] == "pysource"
+    kinds = [kind for document in documents for kind in kinds_of(data.encoding, document, code)]
+    names, codes = np.unique(kinds, return_inverse=True)
+    windows = batches_of(data._replace(val=codes), "val", trained, trained.accumulate)
+    return names[np.concatenate([b.ids for b in windows.fixed(trained.eval_windows)])]
 
 
 def entropy(logits):
@@ -291,6 +322,8 @@ def main(argv=None):
               + f" | {each['bits_per_byte'][-1]:.3f} bits/byte")
     named = o.named(trained)
     depth = under_rule(model, batches, named, trained, context, o.missing)
+    if not trained.translate:
+        depth["kind"] = kinds_in(data, trained)
     depth["routed"] = np.array([n in trained.model.routed_blocks() for n in range(trained.model.n_layer)])
     depth["rule"] = np.array(named.replace(":", " ") + ", causal routing" * bool(depth["routed"].any()))
     run.write_atomically(folder / "depth.npz", lambda f: np.savez_compressed(f, **depth))

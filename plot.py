@@ -9,7 +9,6 @@
     figures/text.png      the last sample or translation, coloured by the blocks that wrote each token
 """
 import json
-import keyword
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,34 +124,13 @@ def draw_router(depth):
     return fig
 
 
-WORDS = rb"(?P<number>\d[\w.]*)|(?P<name>[A-Za-z_\x80-\xff][\w\x80-\xff]*)|(?P<space>\s+)|(?P<punctuation>.)"
-TEXT = rb"(?P<text>('{3}|\"{3}).*?\2|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)"
-
-
-def kinds_of(encoding, ids, code):
-    """A window of token ids -> the kind of each: space, number, punctuation, end, and word, or in code name,
-    keyword and text (strings and comments, as far as the window shows where they begin). A token is what its
-    first byte is that is no space."""
-    pieces = [b"" if i == encoding.eot_token else encoding.decode_single_token_bytes(int(i)) for i in ids]
-    kinds = []
-    for match in re.finditer(TEXT + b"|" + WORDS if code else WORDS, b"".join(pieces), re.S):
-        kind = match.lastgroup
-        if kind == "name":
-            reserved = code and keyword.iskeyword(match[0].decode("utf-8", "replace"))
-            kind = "keyword" if reserved else "name" if code else "word"
-        kinds += [kind] * len(match[0])
-    starts = np.cumsum([0, *map(len, pieces)])[:-1]
-    first = [start + len(p) - len(p.lstrip() or p) for start, p in zip(starts, pieces, strict=True)]
-    return ["end" if not p else kinds[at] for p, at in zip(pieces, first, strict=True)]
-
-
-def draw_when(depth, encoding, code):
+def draw_when(depth):
     """Shares of the tokens that ran, went around and had left, by block; then the blocks that a token ran to
-    be read against the surprise and the uncertainty of what it predicts, and by kind of the token read."""
+    be read against the surprise and the uncertainty of what it predicts, and (of a text) by its kind."""
     there = depth["targets"] >= 0
     visited, L = depth["visited"][there], depth["visited"].shape[-1]
     left, blocks = depth["exit_at"][there][:, None] <= np.arange(L), visited.sum(1)
-    fig, axes = plt.subplots(1, 4, figsize=(16, 3.8))
+    fig, axes = plt.subplots(1, 3 + ("kind" in depth), figsize=(16, 3.8))
     bottom = 0
     for share, color, name in ((visited, "#27508c", "ran"), (~visited & ~left, "#f3c998", "went around"),
                                (left, "#e9e9e9", "had left")):
@@ -167,11 +145,12 @@ def draw_when(depth, encoding, code):
                     color="#27508c", yerr=[blocks[i].std() / len(i)**0.5 for i in tenth])
         ax.set(title=f"r = {np.corrcoef(x, blocks)[0, 1]:.2f}", xlabel=f"{name} (nats, tenths of the tokens)",
                ylabel="blocks run")
-    kinds = np.array([kinds_of(encoding, ids, code) for ids in depth["ids"]])[there]
-    names = sorted(set(kinds), key=lambda kind: blocks[kinds == kind].mean())
-    bars = axes[3].barh(names, [blocks[kinds == kind].mean() for kind in names], color="#27508c")
-    axes[3].bar_label(bars, [f" {(kinds == kind).mean():.0%} of tokens" for kind in names], fontsize=9)
-    axes[3].set(title="by kind of the token read", xlabel="blocks run", xlim=(0, L))
+    if "kind" in depth:
+        kinds = depth["kind"][there]
+        names = sorted(set(kinds), key=lambda kind: blocks[kinds == kind].mean())
+        bars = axes[3].barh(names, [blocks[kinds == kind].mean() for kind in names], color="#27508c")
+        axes[3].bar_label(bars, [f" {(kinds == kind).mean():.0%} of tokens" for kind in names], fontsize=9)
+        axes[3].set(title="by kind of the token read", xlabel="blocks run", xlim=(0, L))
     fig.suptitle(f"{there.sum():,} validation tokens, {depth['rule']}", x=0.01, ha="left", fontsize=10,
                  color="#555555")
     return fig
@@ -284,8 +263,7 @@ def main(argv=None):
         figures["map"] = draw_map(depth, encoding, options)
         figures["depth"] = draw_depth(depth)
         if depth["visited"].sum(-1)[depth["targets"] >= 0].std() > 0:
-            code = run.read_json(folder / "meta.json", "name") == "pysource"
-            figures["when"] = draw_when(depth, encoding, code)
+            figures["when"] = draw_when(depth)
         if depth["routed"].any():
             figures["router"] = draw_router(depth)
         if (folder / "evaluation.json").is_file():

@@ -10,6 +10,7 @@ import tiktoken
 import torch
 from conftest import TINY
 
+import evaluate
 import plot
 import run
 import sample
@@ -112,7 +113,7 @@ def test_kinds_of_tokens():
         known = list(dict.fromkeys(pieces))
         encoding = tiktoken.Encoding("pieces", pat_str="x", special_tokens={"<|endoftext|>": 99},
                                      mergeable_ranks={p.encode(): i for i, p in enumerate(known)})
-        return " ".join(plot.kinds_of(encoding, [*map(known.index, pieces), 99], code))
+        return " ".join(evaluate.kinds_of(encoding, [*map(known.index, pieces), 99], code))
     assert kinds("def| fü|(|x|):|  |# if|\n| 12|.5", True) == \
         "keyword name punctuation name punctuation space text space number number end"
     assert kinds(" '|not|'|\n|\"\"\"|is\n|\"\"\"|is", True) == \
@@ -300,3 +301,18 @@ def test_compile_that_cannot_work_is_one_line_and_eager(train, capsys, monkeypat
     folder = train("--compile", "True", "--stop_at", 1)
     assert capsys.readouterr().err.count("going on without it") == 1
     assert json.loads((folder / "options.json").read_text("utf-8"))["options"]["compile"] is True
+
+
+def test_every_token_of_the_windows_has_its_own_kind(finished, dataset):
+    """Labels of another window, or shifted by a token: a name is a name wherever its window begins."""
+    from data.common import load_tokenizer
+    encoding, depth = load_tokenizer(finished / "tokenizer.json"), np.load(finished / "depth.npz")
+    assert depth["kind"].shape == depth["ids"].shape
+    for token, kind in zip(depth["ids"].flat, depth["kind"].flat, strict=True):
+        text = encoding.decode([token]).strip()
+        assert (kind == "end") == (token == encoding.eot_token)
+        assert kind != "space" or not text
+        if text.isdigit():
+            assert kind in ("number", "word")
+        if text in ("+", "*", "(", ")", ":", ","):
+            assert kind == "punctuation"
