@@ -12,7 +12,8 @@
     halting      2 C for each look at a state, 2 N C for token, 2 N Ce for sequence      2 d q, 2 N d
 
 The paper charges every copy ("paper"). If keys and values of copies are made only when a later token goes
-that deep, some are never made: the same count with those alone is "needed".
+that deep, some are never made: the same count with those alone is "needed". Hypotheses of a beam that went
+apart before one of them came that deep each make their own, so "needed" can then be the larger one.
 """
 from typing import NamedTuple
 

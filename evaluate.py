@@ -286,6 +286,10 @@ def texts_to_translate(data, trained, o):
     """-> (name, lines, references or None) of everything that is asked for."""
     if (o.bleu or o.source) and not trained.translate:
         raise UserError("this run is a GPT: it has nothing to translate (--bleu, --source)")
+    if not o.bleu and not o.source:
+        run.refuse(o, ("beam", "penalty", "batch"), "nothing is translated (--bleu, --source)")
+    if o.search and trained.model.exits == "last":
+        raise UserError("--search finds thresholds, and this run has one classifier: train with --exits all")
     if o.reference and not o.source:
         raise UserError("--reference needs --source: the sentences that it translates")
     for split in o.bleu:
@@ -327,7 +331,7 @@ def main(argv=None):
     depth["routed"] = np.array([n in trained.model.routed_blocks() for n in range(trained.model.n_layer)])
     depth["rule"] = np.array(named.replace(":", " ") + ", causal routing" * bool(depth["routed"].any()))
     run.write_atomically(folder / "depth.npz", lambda f: np.savez_compressed(f, **depth))
-    if o.search and trained.model.exits == "all":
+    if o.search:
         found["search"] = search_thresholds(model, batches, o.search, context)
         for depth_, right, rule in found["search"]:
             print(f"search: exit {depth_:.2f}, right {right:.1%}: {rule}")

@@ -436,7 +436,8 @@ def draw(name, results, found):
 
 def read_points(experiment, scale, results):
     """-> the experiment's points, {point: its JSON} of those that are done, in the same order."""
-    found = {p.stem: json.loads(p.read_text("utf-8")) for p in results.glob("*.json")}
+    found = {p.stem: {"point": run.read_json(p, "point"), **json.loads(p.read_text("utf-8"))}
+             for p in results.glob("*.json")}
     points = experiment.points(scale, found)
     return points, {p.name: found[p.name] for p in points if p.name in found}
 
@@ -453,6 +454,8 @@ def main(argv=None):
     if not is_prepared(run.HERE / "data" / folder):
         words += ["--out", str(run.HERE / "data" / folder)]
         words += ["--source", str(o.source)] if o.source else []
+        if dataset == "text" and not o.source:
+            raise UserError(f"--scale {o.scale} needs a long text: give a file or folder with --source")
         importlib.import_module(f"data.{dataset}.prepare").main(words)
     began, made = time.perf_counter(), 0
     while True:

@@ -83,13 +83,14 @@ MAY_CHANGE = {"data", "device", "compile", "stop_at", "out", "resume"}     # for
 
 RANGES = {  # option -> smallest and largest value; nan is in no range
     **dict.fromkeys(("steps", "batch", "accumulate", "eval_every", "eval_windows", "save_every", "log_every",
-                     "n_layer", "n_head", "n_embd", "enc_layer", "enc_head", "enc_embd", "batch_tokens"),
-                    (1, 2**31)),
-    **dict.fromkeys(("lr", "clip", "predictor_width"), (1e-12, 1e6)),
+                     "batch_tokens"), (1, 2**31)),
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "enc_layer", "enc_head", "enc_embd"), (1, 2**16)),
+    **dict.fromkeys(("lr", "clip"), (1e-12, 1e6)),
     **dict.fromkeys(("weight_decay", "imitation", "balance", "alpha", "exit_cost", "sigma",
                      "gradient_scale"), (0, 1e6)),
     **dict.fromkeys(("beta1", "beta2", "dropout", "label_smoothing"), (0, 1 - 1e-9)),
-    **dict.fromkeys(("seed", "stop_at", "warmup", "n_inner", "experts", "noops"), (0, 2**31)),
+    **dict.fromkeys(("seed", "stop_at", "warmup"), (0, 2**31)),
+    **dict.fromkeys(("experts", "noops"), (0, 1024)), "n_inner": (0, 2**18), "predictor_width": (1e-12, 16),
     **dict.fromkeys(("tau", "lr_end"), (0, 1)),
     "block_size": (2, 2**20), "capacity": (1e-9, 1), "expert_capacity": (1e-9, 1e3), "average": (1, 100),
     "paths": (1, 1000),
@@ -131,6 +132,13 @@ def idle(options):
     if options.schedule == "inverse_sqrt":
         why["lr_end"] = "the inverse square root has no end"
     return why
+
+
+def refuse(options, names, why):
+    """UserError if one of these options of a script was given, since it would do nothing."""
+    for name in names:
+        if getattr(options, name) != getattr(type(options), name):
+            raise UserError(f"--{name} would do nothing: {why}")
 
 
 def words(table):

@@ -76,7 +76,11 @@ def main(argv=None):
     if not (0 <= options.temperature < float("inf")) or options.top_k < 0 or options.seed < 0:
         raise UserError("--temperature, --top_k and --seed must be at least 0")
     folder, trained, _, model = run.open_run(options.run, options.out, options.device)
-    refuse_idle(options, trained)
+    if trained.translate:
+        run.refuse(options, ("tokens", "samples", "temperature", "top_k", "seed"),
+                   f"this run is a translator ({trained.translate})")
+    else:
+        run.refuse(options, ("beam", "penalty"), "this run is a GPT")
     encoding, L = load_tokenizer(folder / "tokenizer.json"), trained.model.n_layer
     named = options.named(trained)
     rule = run.rule_of(named, trained, model)
@@ -92,17 +96,6 @@ def main(argv=None):
         lines, rows = None, continuations(model, encoding, text, rule, options)
     show(rows, lines, encoding, L, f"{folder}, {named}", color)
     keep(rows, lines, encoding, folder)
-
-
-def refuse_idle(options, trained):
-    """Options of the other kind of model would do nothing."""
-    kind, other = "a GPT", ("beam", "penalty")
-    if trained.translate:
-        kind = f"a translator ({trained.translate})"
-        other = ("tokens", "samples", "temperature", "top_k", "seed")
-    for name in other:
-        if getattr(options, name) != getattr(Options, name):
-            raise UserError(f"--{name} would do nothing: this run is {kind}")
 
 
 def continuations(model, encoding, text, rule, options):

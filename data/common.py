@@ -47,12 +47,16 @@ class UserError(Exception):
 
 
 def command(main):
-    """Decorate a script's `main(argv=None)`: a UserError prints its message on stderr, exit status 2."""
+    """Decorate a script's `main(argv=None)`: a UserError, or a file or memory that cannot be had, prints its
+    message on stderr, exit status 2."""
     @functools.wraps(main)
     def run(argv=None):
         try:
             return main(argv)
         except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except (OSError, MemoryError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:

@@ -126,6 +126,11 @@ def test_options_of_the_other_kind_are_refused(copy, finished, pairs, dataset, c
     assert "at least 1" in no(sample.main, "--run", copy, "--beam", 0)
     assert "at least 1" in no(evaluate.main, "--run", copy, "--batch", 0)
     assert "number of draws" in no(evaluate.main, "--run", copy, "--search", -1)
+    assert "nothing is translated" in no(evaluate.main, "--run", copy, "--beam", 3)
+    (tmp_path / "results" / "dat-cpu").mkdir(parents=True)
+    (tmp_path / "results" / "dat-cpu" / "mixed.json").write_text("{", encoding="utf-8")
+    assert "mixed.json" in no(reproduce.main, "dat", "--out", tmp_path / "results")
+    assert "needs a long text" in no(reproduce.main, "mod-isoflop", "--scale", "gpu", "--out", tmp_path)
     for rule, said in {"learned": "no predictor of exits", "confidence:.5,.5": "one threshold or 3",
                        "oracle:-1": "at least 0", "oracle:x": "at least 0",
                        "oracle:1.2.3": "at least 0", "fixed:9": "from 1 to 4"}.items():

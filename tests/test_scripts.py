@@ -250,6 +250,9 @@ def test_bad_options(dataset, capsys, tmp_path):
                           "imitation": "nan", "block_size": 1, "stop_at": -1, "dropout": 1}.items():
         assert f"--{option}" in no(f"--{option}", value)
     assert "equal pieces" in no("--accumulate", "3")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert "Not a directory" in refused(capsys, script.main, "--data", dataset, *TINY, "--out",
+                                        tmp_path / "file" / "x")
 
 
 def test_bad_presets(capsys, tmp_path, monkeypatch):
