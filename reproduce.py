@@ -126,25 +126,32 @@ def kind_of(rule):
 
 def dat_figure(found):
     """BLEU on the first test set against mean exit and against FLOPs: a line for the fixed exits of each
-    model and for each kind of rule, its threshold beside every point."""
-    fig, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
-    colors = iter(plt.cm.tab20(range(20)))
+    model and for each kind of rule, its threshold beside every point; learned exits in a row of their own."""
+    lines = {}          # (row of panels, label) -> rows of the table
     for name, point in found.items():
-        rows = next(iter(point["evaluation"]["translated"].values()))
-        for kind in dict.fromkeys(kind_of(r["rule"]) for r in rows):
-            mine = sorted((r for r in rows if kind_of(r["rule"]) == kind), key=lambda r: r["exit"])
-            style = {"fixed": "o-", "random": "x"}.get(kind, "s:")
-            color = next(colors)
-            for ax, x in zip(axes, ("exit", "mflops_needed"), strict=True):
-                ax.plot([r[x] for r in mine], [r["bleu"] for r in mine], style, ms=5, mfc="none", color=color,
-                        label=name + f", {kind}" * (kind != "fixed"))
-                for r in mine if kind in ("confidence", "learned") else []:
-                    ax.annotate(r["rule"].partition(":")[2], (r[x], r["bleu"]), (4, -10), color=color,
-                                textcoords="offset points", fontsize=8)
-    axes[0].set(xlabel="exit (mean over output tokens)", ylabel="BLEU")
-    axes[1].set(xlabel="decoder MFLOPs a sentence, copies counted where needed")
-    axes[1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    for ax in axes:
+        for r in next(iter(point["evaluation"]["translated"].values())):
+            kind = kind_of(r["rule"])
+            label = name + f", {kind}" * (kind not in ("fixed", "learned"))
+            lines.setdefault((int(kind == "learned"), label), []).append(r)
+    if "aligned" in found:
+        lines[1, "aligned"] = lines[0, "aligned"]
+    fig, axes = plt.subplots(2, 2, figsize=(14, 10), sharey=True, squeeze=False)
+    for row, pair in enumerate(axes):
+        colors = iter(plt.cm.tab20(range(20)))
+        for (_, label), rows in sorted((line for line in lines.items() if line[0][0] == row),
+                                       key=lambda line: line[0][1]):
+            rows, fixed = sorted(rows, key=lambda r: r["exit"]), kind_of(rows[0]["rule"]) == "fixed"
+            color = "#888888" if label == "aligned" else next(colors)
+            for ax, x in zip(pair, ("exit", "mflops_needed"), strict=True):
+                ax.plot([r[x] for r in rows], [r["bleu"] for r in rows], "o-" if fixed else "s:", ms=5,
+                        mfc="none", color=color, label=label)
+                for r in rows if kind_of(rows[0]["rule"]) in ("confidence", "learned") else []:
+                    ax.annotate(r["rule"].partition(":")[2], (r[x], r["bleu"]), (4, -9), color=color,
+                                textcoords="offset points", fontsize=7)
+        pair[0].set(xlabel="exit (mean over output tokens)", ylabel="BLEU")
+        pair[1].set(xlabel="decoder MFLOPs a sentence, all hypotheses, copies counted where needed")
+        pair[1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    for ax in axes.flat:
         ax.grid(color="#e6e6e6")
     return fig
 
