@@ -117,28 +117,18 @@ class Source:
 
 
 class Now:
-    """No past: training and scoring. Tokens come in order of time, those with position FAR last."""
+    """No past: what can be seen is in this call. In training and scoring tokens come in order of time, those
+    with position FAR last, and see what came before; in an encoder all see those that are there (B,S)."""
 
-    def __init__(self, source=None):
-        self.source = source
+    def __init__(self, source=None, there=None):
+        self.source, self.seen = source, None if there is None else there[:, None, None]     # (B,1,1,S)
 
     def write(self, k, v, pos):
         """Nothing to keep."""
 
     def attend(self, q, k, v, pos, dropout):
         """q, k, v (B,nh,T,hs) -> (B,nh,T,hs)."""
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-
-
-class Whole:
-    """No past and no order: in an encoder every token sees all that are there (B,S)."""
-
-    def __init__(self, there):
-        self.there = there[:, None, None]                                               # (B,1,1,S)
-
-    def attend(self, q, k, v, pos, dropout):
-        """q, k, v (B,nh,S,hs) -> (B,nh,S,hs)."""
-        return F.scaled_dot_product_attention(q, k, v, self.there, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, self.seen, dropout, is_causal=self.seen is None)
 
 
 def rotations(size, hs, dtype=torch.float32):
@@ -342,7 +332,7 @@ class Encoder(nn.Module):
             raise ValueError(f"a source of {ids.size(1)} tokens exceeds the context of {self.block_size}")
         x, there = self.drop(self.wte(ids)), pos < FAR
         for block in self.blocks:
-            x = x + block.residual(x, pos, Whole(there), None)[0]
+            x = x + block.residual(x, pos, Now(there=there), None)[0]
         return Source(self.norm(x), there)
 
 

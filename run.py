@@ -219,8 +219,6 @@ def check(options):
         raise UserError(f"--enc_embd {m.enc_embd} and --n_embd {m.n_embd} differ: source and target cannot "
                         "share one table: use --embeddings separate")
     refuse_combinations(options)
-    if options.schedule == "inverse_sqrt" and not options.warmup:
-        raise UserError("--schedule inverse_sqrt needs --warmup: the rate falls with sqrt(warmup / step)")
     if not options.translate and options.batch % options.accumulate:
         raise UserError(f"--batch {options.batch} cannot be cut into {options.accumulate} equal pieces "
                         f"(--accumulate)")
@@ -232,25 +230,32 @@ def check(options):
 
 def refuse_combinations(options):
     """Methods that exclude each other."""
-    m = options.model
-    if m.exits == "last" and (m.halting != "none" or options.objective != "aligned"):
-        raise UserError("learning where to exit, or by mixed exits, needs classifiers: --exits all")
-    if options.objective == "mixed" and (m.routed != "none" or m.experts):
-        raise UserError("--objective mixed cannot train routed blocks or experts: those would choose among "
-                        "tokens that have left. Use --routed none, no --experts")
-    if options.objective == "mixed" and m.halting != "none":
-        raise UserError("the oracle needs all exits of every token, --objective mixed draws one: train the "
-                        "predictor afterwards, --init THAT_RUN --objective halting")
-    if options.objective == "halting" and m.halting == "none":
-        raise UserError("--objective halting needs --halting token, geometric, binary or sequence")
-    if options.objective == "halting" and not options.init:
-        raise UserError("--objective halting trains the predictor alone: give --init, a trained run")
-    if m.halting == "sequence" and not options.translate:
-        raise UserError("--halting sequence reads a source sentence, and a GPT has none (--translate)")
-    if m.gate == "one" and m.router == "learned":
-        raise UserError("--gate one gives the router no gradient: only --router random can do without")
-    if m.share_blocks and m.routed != "none":
-        raise UserError("--share_blocks has one block, and so no other to route: use --routed none")
+    m, objective = options.model, options.objective
+    for wrong, said in (
+        (m.exits == "last" and (m.halting != "none" or objective != "aligned"),
+         "learning where to exit, or by mixed exits, needs classifiers: --exits all"),
+        (objective == "mixed" and (m.routed != "none" or m.experts),
+         "--objective mixed cannot train routed blocks or experts: those would choose among tokens that have "
+         "left. Use --routed none, no --experts"),
+        (objective == "mixed" and m.halting != "none",
+         "the oracle needs all exits of every token, --objective mixed draws one: train the predictor "
+         "afterwards, --init THAT_RUN --objective halting"),
+        (objective == "halting" and m.halting == "none",
+         "--objective halting needs --halting token, geometric, binary or sequence"),
+        (objective == "halting" and not options.init,
+         "--objective halting trains the predictor alone: give --init, a trained run"),
+        (m.halting == "sequence" and not options.translate,
+         "--halting sequence reads a source sentence, and a GPT has none (--translate)"),
+        (m.gate == "one" and m.router == "learned",
+         "--gate one gives the router no gradient: only --router random can do without"),
+        (m.share_blocks and m.routed != "none",
+         "--share_blocks has one block, and so no other to route: use --routed none"),
+        (options.schedule == "inverse_sqrt" and not options.warmup,
+         "--schedule inverse_sqrt needs --warmup: the rate falls with sqrt(warmup / step)"),
+        (m.experts == 1 and not m.noops, "--experts 1 leaves no choice: give more, or --noops"),
+    ):
+        if wrong:
+            raise UserError(said)
 
 
 # ----------------------------------------------------------------------------- halting rules by name

@@ -240,7 +240,8 @@ def test_combinations_that_cannot_be(capsys):
                         "--experts 2 --objective mixed --routed none": "those would choose among tokens",
                         "--router random --causal router": "nothing learns to route",
                         "--router random --imitation 1": "nothing learns to route",
-                        "--experts 2 --expert_capacity 0": "must be from"}.items():
+                        "--experts 2 --expert_capacity 0": "must be from",
+                        "--experts 1": "leaves no choice"}.items():
         assert said in refused(capsys, train.main, *words.split())
 
 
