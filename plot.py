@@ -168,15 +168,17 @@ def draw_frontier(evaluation):
     for ax, (title, (rows, key)) in zip(axes[0], panels.items(), strict=True):
         kinds = {}
         for r in rows:
-            kind = r["rule"].partition(":")[0].replace("full", "fixed")
-            kinds.setdefault(kind, []).append((r["exit"], r[key], r["rule"].partition(":")[2]))
+            kind, _, label = r["rule"].partition(":")
+            kind = "searched thresholds" if "," in label else kind.replace("full", "fixed")
+            label = label.replace("correctness", "C").replace("likelihood", "LL")
+            kinds.setdefault(kind, []).append((r["exit"], r[key], label))
         for kind, points in kinds.items():
             x, y, labels = zip(*sorted(points), strict=True)
             mark = {"fixed": "o-", "random": "x", "oracle": "*:"}.get(kind, "s--")
             line, = ax.plot(x, y, mark, ms=9 if kind == "oracle" else 5, mfc="none", label=kind)
             for a, b, label in zip(x, y, labels, strict=True):
-                if kind not in ("fixed", "random"):
-                    ax.annotate(label[:12], (a, b), (4, 5), textcoords="offset points", fontsize=8,
+                if kind in ("confidence", "learned", "oracle"):
+                    ax.annotate(label, (a, b), (4, 5), textcoords="offset points", fontsize=8,
                                 color=line.get_color())
         ax.set(title=title, xlabel="exit (mean over tokens)")
         ax.grid(color="#e6e6e6")
@@ -259,6 +261,8 @@ def main(argv=None):
     if (folder / "depth.npz").is_file():
         with np.load(folder / "depth.npz") as archive:
             depth = dict(archive)
+        if not {"routed", "entropy"} <= depth.keys():
+            raise UserError(f"{folder}/depth.npz is of an older version: python evaluate.py --run {folder}")
         encoding = load_tokenizer(folder / "tokenizer.json")
         figures["map"] = draw_map(depth, encoding, options)
         figures["depth"] = draw_depth(depth)

@@ -196,8 +196,12 @@ def test_plot_before_the_end_draws_the_loss_alone(train, capsys, monkeypatch):
     assert "no depth.npz" in capsys.readouterr().out
 
 
-def test_bad_figures(finished, capsys):
+def test_bad_figures(finished, capsys, tmp_path):
     assert "--window must be" in refused(capsys, plot.main, "--run", finished, "--window", "99")
+    old = shutil.copytree(finished, tmp_path / "old")
+    depth = dict(np.load(old / "depth.npz"))
+    np.savez(old / "depth.npz", **{k: v for k, v in depth.items() if k != "entropy"})
+    assert "older version" in refused(capsys, plot.main, "--run", old)
 
 
 def refuse_training(capsys, tmp_path, dataset, *words):
