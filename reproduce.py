@@ -150,7 +150,8 @@ def dat_figure(found):
                                 textcoords="offset points", fontsize=7)
         pair[0].set(xlabel="exit (mean over output tokens)", ylabel="BLEU")
         pair[1].set(xlabel="decoder MFLOPs a sentence, all hypotheses, copies counted where needed")
-        pair[1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        if pair[1].lines:
+            pair[1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     for ax in axes.flat:
         ax.grid(color="#e6e6e6")
     return fig
