@@ -12,12 +12,15 @@ from test_scripts import refused
 from test_train import equal, val_lines, weights
 
 import cost
+import decode
 import evaluate
+import exits
 import reproduce
 import run
 import sample
 import train as script
 from data import parallel
+from data.common import load_tokenizer
 
 SMALL = [w for n, w in enumerate(TINY) if "--batch" not in TINY[max(0, n - 1):n + 1]]
 SMALL += ["--translate", "aa-bb", "--enc_layer", "1", "--enc_head", "2", "--enc_embd", "16",
@@ -75,6 +78,24 @@ def test_bleu_of_every_exit(copy, pairs, capsys):
         assert row["mflops_needed"] <= row["mflops_paper"]
     assert found[3]["bleu"] > 80 and "| full |" in said and "tok:13a" in said
     assert found[0]["mflops_paper"] < found[1]["mflops_paper"] < found[3]["mflops_paper"]
+
+
+def test_flops_count_every_hypothesis(copy, tmp_path):
+    """A beam charged for its best text alone, or as one long text."""
+    _, trained, _, model = run.open_run(copy, device="cpu")
+    source = tmp_path / "mine.aa"
+    source.write_text("otter heron badger\n", "utf-8")
+    evaluate.main(["--run", str(copy), "--source", str(source), "--rules", "full", "--beam", "3"])
+    [row] = json.loads((copy / "evaluation.json").read_text("utf-8"))["translated"]["mine"]
+    encoding = load_tokenizer(copy / "tokenizer.json")
+    ids = parallel.source_ids(encoding, ["otter heron badger"], 32, "mine")
+    [(_, reads)] = decode.translate(model, ids, encoding.eot_token, exits.full_depth, 3)
+    S, C, V = len(ids[0]), trained.model.n_embd, model.vocab_size
+    total = 4 * 4 * S * C * C                               # the source, projected once by each of 4 blocks
+    for r in range(len(reads.parent)):
+        t = len(list(reads.path(r))[0])
+        total += 4 * (12 * C * C + 16 * C * C + 4 * (t + S) * C) + 2 * V * C
+    assert len(reads.parent) > 6 and row["mflops_paper"] == pytest.approx(total / 1e6)
 
 
 def test_own_sentences_with_and_without_references(copy, tmp_path, capsys):
@@ -298,11 +319,13 @@ def test_learning_where_to_exit_after_training(translator, copy, pairs, tmp_path
     capsys.readouterr()
     evaluate.main(["--run", str(folder), "--search", "200", "--rules", "learned:0", "learned", "learned:1",
                    "full", "fixed:1", "random", "oracle:0.1", "oracle:0", "confidence:0.5",
-                   "oracle:correctness:0", "oracle:likelihood:0.1:2"])
+                   "oracle:correctness:0", "oracle:likelihood:0.1:2", "confidence:1"])
     found = json.loads((folder / "evaluation.json").read_text("utf-8"))
     rows = {r["rule"]: r for r in found["forced"]}
     assert rows["learned:0"]["loss"] == pytest.approx(rows["fixed:1"]["loss"])
     assert rows["learned:1"]["loss"] == pytest.approx(rows["full"]["loss"])
+    asked = [rows[r]["mflops_paper"] for r in ("full", "learned:1", "confidence:1")]    # to be told to stay
+    assert asked[0] < asked[1] < asked[2]
     assert 1 < rows["learned"]["exit"] < 4 and 1.5 < rows["random"]["exit"] < 3.5
     assert rows["oracle:0"]["loss"] <= min(r["loss"] for r in rows.values())
     assert rows["oracle:0.1"]["exit"] < rows["oracle:0"]["exit"]
