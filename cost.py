@@ -31,7 +31,7 @@ class Cost(NamedTuple):
     router: float
     halting: float
     bytes: float        # moved
-    cache: float        # bytes of keys and values of the text that are kept at its end
+    cache: float        # keys and values kept at the end, as a share of a dense model's at full depth
 
     @property
     def flops(self):
@@ -57,16 +57,22 @@ def mlp_flops(config, T):
     return config.experts * kept(config.expert_capacity / choices, T) * one + T * 2 * config.n_embd * choices
 
 
-def training(config, vocab_size, T):
-    """FLOPs of a GPT's training step on one sequence of T tokens: three forward passes, backward being two;
-    one less where the predictor's first layer stops the gradient. Attention counts all T keys for every
-    query, and k for k in a routed block [MoD 3.2]."""
+def forward(config, vocab_size, T):
+    """FLOPs of a GPT's forward pass over one sequence of T tokens, under top-k. Attention counts all T keys
+    for every query, and k for k in a routed block [MoD 3.2]."""
     C, total, routed = config.n_embd, 0, config.routed_blocks()
     for n in range(config.n_layer):
         k = kept(config.capacity, T) if n in routed else T
         total += k * block_flops(C, 0, k) + mlp_flops(config, k)
-        total += T * (router_flops(config) - 2 * C * config.hidden / 3) if n in routed else 0
-    return 3 * (total + T * 2 * vocab_size * C * (config.n_layer if config.exits == "all" else 1))
+        total += T * router_flops(config) if n in routed else 0
+    return total + T * 2 * vocab_size * C * (config.n_layer if config.exits == "all" else 1)
+
+
+def training(config, vocab_size, T):
+    """FLOPs of a GPT's training step on one sequence of T tokens: three forward passes, backward being two,
+    less the gradients that the predictors' first layers do not hand down."""
+    stopped = len(config.routed_blocks()) * T * 2 * config.n_embd * config.hidden
+    return 3 * forward(config, vocab_size, T) - stopped
 
 
 def dense_blocks(config):
@@ -121,4 +127,4 @@ def decoding(config, vocab_size, visited, exit_at, decides="", S=0, copies="pape
     moved = itemsize * (sum(linear.values()) / 2 + cache)       # every weight once a token that it works for
     parts = linear | {"blocks": linear["blocks"] + 4 * C * (seen + runs * S), "source": linear["source"] * S}
     return Cost(**{name: float(value) for name, value in parts.items()}, bytes=float(moved),
-                cache=float(2 * C * itemsize * (runs + made)))
+                cache=float((runs + made) / visited.size))

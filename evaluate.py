@@ -132,8 +132,8 @@ def oracle_of(name, trained):
                         "likelihood; then come what it pays for a block and its sigma, both at least 0, as "
                         "in oracle:likelihood:0.1:2")
     names = ("oracle", "exit_cost", "sigma")
-    given = {n: n == "oracle" and v or float(v) for n, v in zip(names, parts.groups(), strict=True) if v}
-    return dataclasses.replace(trained, **given)
+    given = zip(names, (str, float, float), parts.groups(), strict=True)
+    return dataclasses.replace(trained, **{name: kind(word) for name, kind, word in given if word})
 
 
 def exit_scores(model, batch):
@@ -161,14 +161,14 @@ def rules_of(o, trained, model):
     return [*fixed, "full", *({o.named(trained)} - {*fixed, "full"})]
 
 
-def forced(model, batches, names, trained, context, o):
+def forced(model, batches, names, trained, context, o, known):
     """Rows for evaluation.json: loss, mean exit, blocks and FLOPs of each rule on the validation batches,
-    read all at once as they would be step by step."""
+    read all at once as they would be step by step; known: {rule: what `under_rule` found} so far."""
     rows = []
     print("\n| rule | loss | right | exit | blocks | MFLOPs a row: paper | needed | cache / dense |\n"
           + "|---" * 8 + "|")
     for name in names:
-        found = under_rule(model, batches, name, trained, context, o.missing)
+        found = known.get(name) or under_rule(model, batches, name, trained, context, o.missing)
         there = found["targets"] >= 0
         each = [cost_of(model, {k: found[k][w, there[w]] for k in ("visited", "exit_at", "worked")}, name, S,
                         o.missing)
@@ -240,8 +240,7 @@ def cost_of(model, read, name, S, missing):
     visited, exit_at, parent = np.array(read["visited"]), np.array(read["exit_at"]), read.get("parent")
     costs = [cost.decoding(model.config, model.vocab_size, visited, exit_at, decides, S, copies,
                            parent=parent, worked=read.get("worked")) for copies in both]
-    dense = cost.decoding(model.config, model.vocab_size, np.ones_like(visited), exit_at, parent=parent)
-    return [*(c.flops / 1e6 for c in costs), costs[0].cache / dense.cache]
+    return [*(c.flops / 1e6 for c in costs), costs[0].cache]
 
 
 def mean_of(each):
@@ -336,7 +335,7 @@ def main(argv=None):
         for depth_, right, rule in found["search"]:
             print(f"search: exit {depth_:.2f}, right {right:.1%}: {rule}")
         rules += [rule for *_, rule in found["search"]]     # confirmed by reading and translating for real
-    found["forced"] = forced(model, batches, rules, trained, context, o)
+    found["forced"] = forced(model, batches, rules, trained, context, o, {named: depth})
     for name, lines, references in wanted:
         found["translated"][name] = translate_split(model, trained, data.encoding, name, lines, references,
                                                     data.meta["tokenize"], folder, o, rules)

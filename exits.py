@@ -232,9 +232,7 @@ def random_exit(N, seed=0):
     """Each token leaves at an exit drawn uniformly from 1..N ("uniform" in the paper's table 1), a function
     of (seed, row, position)."""
     def rule(seen):
-        row = torch.arange(len(seen.pos), device=seen.pos.device).unsqueeze(1)
-        bits = mixed_bits(seen.pos * 73_856_093 + row * 19_349_663 + seed * 83_492_791)
-        return bits % N + 1 <= seen.n
+        return mixed_bits(seen.pos, seed) % N + 1 <= seen.n
     return rule
 
 

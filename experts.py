@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from routing import FAR
+from routing import FAR, marked
 
 
 class Choice(NamedTuple):
@@ -71,6 +71,5 @@ class Experts(nn.Module):
         y = self.proj(F.gelu(self.fc(h))).view(E, B, k, C).transpose(0, 1).reshape(B, E * k, C)
         out = torch.zeros_like(x).scatter_add(1, each, (gate.reshape(B, -1, 1) * y).to(x.dtype))
 
-        ran = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device)
-        ran = ran.scatter(1, idx.where(keep.reshape(B, -1), T), True)[:, :T]
+        ran = marked(idx.where(keep.reshape(B, -1), T), T)
         return self.drop(out), Choice(torch.where(ran, p.argmax(-1), -1), balance)

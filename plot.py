@@ -8,7 +8,6 @@
     figures/frontier.png  quality of the rules that evaluate.py compared, against mean exit
     figures/text.png      the last sample or translation, coloured by the blocks that wrote each token
 """
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,10 +167,8 @@ def draw_frontier(evaluation):
     for ax, (title, (rows, key)) in zip(axes[0], panels.items(), strict=True):
         kinds = {}
         for r in rows:
-            kind, _, label = r["rule"].partition(":")
-            kind = "searched thresholds" if "," in label else kind.replace("full", "fixed")
-            label = label.replace("correctness", "C").replace("likelihood", "LL")
-            kinds.setdefault(kind, []).append((r["exit"], r[key], label))
+            label = r["rule"].partition(":")[2].replace("correctness", "C").replace("likelihood", "LL")
+            kinds.setdefault(run.kind_of(r["rule"]), []).append((r["exit"], r[key], label))
         for kind, points in kinds.items():
             x, y, labels = zip(*sorted(points), strict=True)
             mark = {"fixed": "o-", "random": "x", "oracle": "*:"}.get(kind, "s--")
@@ -271,8 +268,7 @@ def main(argv=None):
         if depth["routed"].any():
             figures["router"] = draw_router(depth)
         if (folder / "evaluation.json").is_file():
-            evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
-            figures["frontier"] = draw_frontier(evaluation)
+            figures["frontier"] = draw_frontier(run.read_json(folder / "evaluation.json"))
         if (folder / "sample.npz").is_file():
             with np.load(folder / "sample.npz") as archive:
                 figures["text"] = draw_text(dict(archive), encoding)

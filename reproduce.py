@@ -118,19 +118,13 @@ def dat_table(found):
         f"{point['evaluation']['options']['beam']}) on {splits[0]}; {r['signature']}"
 
 
-def kind_of(rule):
-    """The line of the figure that a rule belongs to."""
-    kind, _, value = rule.partition(":")
-    return "searched thresholds" if "," in value else "fixed" if kind == "full" else kind
-
-
 def dat_figure(found):
     """BLEU on the first test set against mean exit and against FLOPs: a line for the fixed exits of each
     model and for each kind of rule, its threshold beside every point; learned exits in a row of their own."""
     lines = {}          # (row of panels, label) -> rows of the table
     for name, point in found.items():
         for r in next(iter(point["evaluation"]["translated"].values())):
-            kind = kind_of(r["rule"])
+            kind = run.kind_of(r["rule"])
             label = name + f", {kind}" * (kind not in ("fixed", "learned"))
             lines.setdefault((int(kind == "learned"), label), []).append(r)
     if "aligned" in found:
@@ -140,12 +134,12 @@ def dat_figure(found):
         colors = iter(plt.cm.tab20(range(20)))
         for (_, label), rows in sorted((line for line in lines.items() if line[0][0] == row),
                                        key=lambda line: line[0][1]):
-            rows, fixed = sorted(rows, key=lambda r: r["exit"]), kind_of(rows[0]["rule"]) == "fixed"
+            rows, fixed = sorted(rows, key=lambda r: r["exit"]), run.kind_of(rows[0]["rule"]) == "fixed"
             color = "#888888" if label == "aligned" else next(colors)
             for ax, x in zip(pair, ("exit", "mflops_needed"), strict=True):
                 ax.plot([r[x] for r in rows], [r["bleu"] for r in rows], "o-" if fixed else "s:", ms=5,
                         mfc="none", color=color, label=label)
-                for r in rows if kind_of(rows[0]["rule"]) in ("confidence", "learned") else []:
+                for r in rows if run.kind_of(rows[0]["rule"]) in ("confidence", "learned") else []:
                     ax.annotate(r["rule"].partition(":")[2], (r[x], r["bleu"]), (4, -9), color=color,
                                 textcoords="offset points", fontsize=7)
         pair[0].set(xlabel="exit (mean over output tokens)", ylabel="BLEU")
@@ -214,7 +208,7 @@ def isoflop_rows(found):
     for name, p in found.items():
         o = p["options"]
         config = GPTConfig(**{f.name: o[f.name] for f in dataclasses.fields(GPTConfig) if f.name in o})
-        forward = cost.training(config, p["vocab_size"], o["block_size"]) / 3 / o["block_size"]
+        forward = cost.forward(config, p["vocab_size"], o["block_size"])
         arm = next(a for a in sorted(ARMS, key=len, reverse=True) if name.startswith(a + "-"))
         arms.setdefault(arm, []).append(
             {"name": name, "parameters": p["parameters"], "forward": forward, "training": p["training_loss"],
@@ -397,11 +391,13 @@ def measure(point, results, o):
     if point.evaluate:
         shutil.rmtree(made / "outputs", ignore_errors=True)
         evaluating = script("evaluate.py", "--run", made, "--device", o.device, *point.evaluate)
-    stored = json.loads((made / "options.json").read_text("utf-8"))
+    stored = run.read_json(made / "options.json")
     found = {"point": point.name, "train": ["train.py", *point.train] if point.train else [],
              "evaluate": ["evaluate.py", *point.evaluate], "start": point.start, **stored,
              "evaluation_seconds": round(evaluating), **trained_how(made),
-             "evaluation": json.loads((made / "evaluation.json").read_text("utf-8"))}
+             "evaluation": run.read_json(made / "evaluation.json")}
+    if not point.train:
+        found["training_seconds"] = 0
     for options in (found["options"], found["evaluation"]["options"]):
         for place in ("out", "run", "init", "resume"):      # paths of this machine
             options.pop(place, None)
@@ -415,7 +411,8 @@ def trained_how(made):
     """What a run's files say about its training: loss of the last exit over the last tenth of the steps."""
     metrics = run.read_metrics(made)
     steps = [m for m in metrics if m["kind"] == "train"]
-    losses, seconds = [m["loss"][-1] for m in steps], float(np.median([m["seconds"] for m in steps]))
+    losses = [m["loss"][-1] for m in steps]
+    seconds = float(np.median([m.get("seconds", math.nan) for m in steps]))     # nan: of an older version
     splits = run.read_json(made / "meta.json", "splits")
     return {"parameters": run.read_json(made / "evaluation.json", "parameters"),
             "vocab_size": run.read_json(made / "meta.json", "vocab_size"),
@@ -444,8 +441,10 @@ def draw(name, results, found):
 
 def read_points(experiment, scale, results):
     """-> the experiment's points, {point: its JSON} of those that are done, in the same order."""
-    found = {p.stem: {"point": run.read_json(p, "point"), **json.loads(p.read_text("utf-8"))}
-             for p in results.glob("*.json")}
+    found = {p.stem: run.read_json(p) for p in results.glob("*.json")}
+    odd = [name for name, point in found.items() if "point" not in point]
+    if odd:
+        raise UserError(f"{results / odd[0]}.json is not what a point left behind")
     points = experiment.points(scale, found)
     return points, {p.name: found[p.name] for p in points if p.name in found}
 

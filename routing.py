@@ -33,9 +33,10 @@ class Visit(NamedTuple):
     choice: tuple | None = None    # experts.Choice of the tokens that ran, if there are experts
 
 
-def mixed_bits(x):
-    """x (...) integers -> integers in 0..2^32 - 1, near ones far apart: chance that belongs to a place."""
-    x = x & 0xFFFFFFFF
+def mixed_bits(pos, seed):
+    """pos (B,T) -> (B,T) integers in 0..2^32 - 1: chance as a function of (seed, row, position)."""
+    row = torch.arange(len(pos), device=pos.device).unsqueeze(1)
+    x = (pos * 73_856_093 + row * 19_349_663 + seed * 83_492_791) & 0xFFFFFFFF
     for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B), (16, 1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x
@@ -49,6 +50,11 @@ def gaussian(share):
 def in_time_order(idx, keep, T):
     """idx (B,k), keep (B,k) bool -> idx (B,k) ascending, the places that are not kept replaced by T."""
     return torch.where(keep, idx, T).sort(dim=1).values
+
+
+def marked(idx, T):
+    """Places idx (B,k), T: nobody -> (B,T) bool."""
+    return torch.zeros(len(idx), T + 1, dtype=torch.bool, device=idx.device).scatter(1, idx, True)[:, :T]
 
 
 def kept(capacity, T):
@@ -108,11 +114,10 @@ class Routed(nn.Module):
     def chance(self, pos):
         """pos (B,T) -> score (B,T), guess (B,T) of the random control: noise, drawn anew while training as
         dropout is, else a function of row and position, so that one pass is like token by token."""
-        score = torch.randn(pos.shape, device=pos.device)
-        if not self.training:
-            row = torch.arange(len(pos), device=pos.device).unsqueeze(1)
-            bits = mixed_bits(pos * 73_856_093 + row * 19_349_663 + self.random * 83_492_791)
-            score = gaussian(((bits >> 9) + 0.5) / 2**23)
+        if self.training:
+            score = torch.randn(pos.shape, device=pos.device)
+        else:
+            score = gaussian(((mixed_bits(pos, self.random) >> 9) + 0.5) / 2**23)
         return score, score - gaussian(torch.tensor(1 - self.capacity, device=pos.device))
 
     def scores(self, x, pos):
@@ -132,7 +137,7 @@ class Routed(nn.Module):
         B, T, C = x.shape                                                   # k tokens kept
         score, guess = self.scores(x, at.pos)
         idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody
-        ran = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device).scatter(1, idx, True)[:, :T]
+        ran = marked(idx, T)
         choice = None
         if idx.size(1) > 0:
             here, place = idx < T, idx.clamp(max=T - 1)

@@ -324,6 +324,12 @@ def rule_of(name, trained, model):
     return exits.random_exit(L)
 
 
+def kind_of(name):
+    """The line of a figure that a rule belongs to; a whole vector of thresholds was searched for."""
+    kind, _, value = name.partition(":")
+    return "searched thresholds" if "," in value else "fixed" if kind == "full" else kind
+
+
 def oracle(nats, right, there, options):
     """The exits that the options' oracle wants: nats, right (B,T,N), there (B,T) -> exit_at (B,T) [DAT 3]."""
     score = -nats if options.oracle == "likelihood" else right.to(nats.dtype)
@@ -428,10 +434,11 @@ def environment(device):
             "commit": commit or "unknown"}
 
 
-def read_json(path, key):
-    """The value of `key` in a run's JSON file. Raises UserError if the file is missing or damaged."""
+def read_json(path, key=None):
+    """The value of `key` in a JSON file; None: all of it. Raises UserError if it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text("utf-8"))[key]
+        found = json.loads(Path(path).read_text("utf-8"))
+        return found if key is None else found[key]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"cannot read {path}: {e!r}") from None
 

@@ -230,7 +230,7 @@ def main(argv=None):
                     found["bits_per_byte"] = list(found["loss"].values())[-1][-1] * per_token
                     metrics.write("val", t, **found)
                     bar.write(describe(t, found))
-            if t % options.save_every == 0 and t or t == options.steps:
+            if (t and t % options.save_every == 0) or t == options.steps:
                 last = run.keep_last(last, t, model, options.average)
             if t % options.save_every == 0 or t == end or stop:
                 run.save(folder, t, model, optimizer, last)

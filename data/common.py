@@ -53,10 +53,7 @@ def command(main):
     def run(argv=None):
         try:
             return main(argv)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except (OSError, MemoryError) as error:
+        except (UserError, OSError, MemoryError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:

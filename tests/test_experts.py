@@ -17,9 +17,9 @@ import evaluate
 import exits
 import run
 import train
-from data.batches import Batch
+from data.batches import Batch, batches_of, open_data
 from experts import Experts
-from model import Tokens, positions
+from model import Now, Tokens, positions
 from routing import FAR, causal, imitation_loss, top_k
 
 KINDS = {"moe": {"routed": "none", "experts": 3}, "integrated": {"routed": "none", "experts": 2, "noops": 2},
@@ -125,6 +125,9 @@ def test_training_flops_are_those_that_run(options):
     batch = Batch(ids[:, :-1], ids[:, 1:], positions(ids[:, 1:]))
     wish = SimpleNamespace(exit_weights="1", gradient_scale=0.0, label_smoothing=0.0, imitation=0.01,
                            balance=0.01)
+    with torch.no_grad(), Counter() as counted:
+        model.logits(batch.ids)
+    assert 3 * cost.forward(model.config, V, 32) == counted.flops > 0           # of three rows
     with Counter() as counted:
         train.aligned(model, batch, 1 / 96, wish)
     assert 3 * cost.training(model.config, V, 32) == pytest.approx(counted.flops, rel=1e-9)
@@ -156,22 +159,17 @@ def test_the_control_is_top_k_of_noise(gate):
     runs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        y, visit = model.blocks[1](x, at, model_past(), top_k)
+        y, visit = model.blocks[1](x, at, Now(), top_k)
         assert (visit.ran.sum(1) == 4).all()
         runs.append((y, visit))
     assert torch.equal(runs[0][0], runs[1][0]) and not torch.equal(runs[0][1].ran, runs[2][1].ran)
     y, visit = runs[0]
     for b in range(3):
         idx = visit.score[b].topk(4).indices.sort().values
-        update = model.blocks[1].block.residual(x[b:b + 1, idx], idx[None], model_past(), top_k)[0]
+        update = model.blocks[1].block.residual(x[b:b + 1, idx], idx[None], Now(), top_k)[0]
         gates = visit.score[b, idx, None] if gate == "raw" else 1
         close((y - x)[b, idx].detach(), (gates * update[0]).detach())
     assert not visit.guess.requires_grad and torch.isfinite(imitation_loss(visit))
-
-
-def model_past():
-    from model import Now
-    return Now()
 
 
 # ----------------------------------------------------------------------------- training
@@ -187,7 +185,7 @@ def test_the_training_path_is_one_graph(options):
     def loss(x):
         total = 0
         for block in model.blocks:
-            x, visit = block(x, at, model_past(), top_k)
+            x, visit = block(x, at, Now(), top_k)
             if visit.guess is not None:
                 total = total + imitation_loss(visit)
         return x.square().sum() + total
@@ -225,7 +223,6 @@ def test_the_balance_loss_is_trained(dataset):
         model = run.build(options, 300)
         for block in model.blocks:
             block.mlp.router.weight.data[0] += 0.2
-        from data.batches import batches_of, open_data
         training = batches_of(open_data(str(dataset), "")[1], "train", options)
         optimizer = train.optimizer_of(model, options)
         for t in range(options.steps):
