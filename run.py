@@ -7,6 +7,7 @@
             depth.npz, figures/, sample.txt ...   written by train.py, plot.py, sample.py
 """
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -348,7 +349,17 @@ def device_of(name):
         name = next(n for n, ok in there.items() if ok)
     if not there[name]:
         raise UserError(f"no {name} on this machine; use --device auto")
+    if name == "cpu":
+        keep_memory()
     return torch.device(name)
+
+
+def keep_memory():
+    """Let glibc keep freed memory for the next tensors, as CUDA's allocator does: large ones came from fresh
+    pages every time, and touching those takes a tenth to a fifth of a training step. Nothing elsewhere."""
+    with contextlib.suppress(AttributeError, OSError):
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):         # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
 def autocast(device, dtype):
