@@ -12,56 +12,143 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from exits import Seen, nats
+from exits import Seen, full_depth, nats
 from model import Tokens
 from routing import FAR, ROUTES, causal, confusion
 
 
-class KV:
-    """Keys and values of one block: slots (k, v, pos), filled from the left by the tokens that ran.
+class Slots(NamedTuple):
+    """Where the tokens of a call, (n,T), stand in a cache."""
+    slot: torch.Tensor          # (n,T), the cache's last slot for tokens that are not there
+    rows: torch.Tensor | None   # (n,) the rows they belong to, None: all
+    start: int | None           # every row has the slots start .. start + T - 1; None: not so regular
 
-    B rows of `size` slots, plus one that catches the tokens that are not there (position FAR) and is never
-    seen. A query sees the slots whose position is at most its own. source: what a Seq2Seq looks across at.
-    """
 
-    def __init__(self, B, size, n_head, hs, device=None, dtype=None, source=None):
-        self.source = source
-        self.k = torch.zeros(B, n_head, size + 1, hs, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
+class Places:
+    """Which tokens a cache holds: B rows of `size` slots, filled from the left, plus one that catches tokens
+    that are not there (position FAR) and is never seen. A query sees the slots whose position is at most its
+    own. All dense blocks of a model hold the same tokens and share one of these."""
+
+    def __init__(self, B, size, device=None):
         self.pos = torch.full((B, size + 1), FAR, device=device)
-        self.used = torch.zeros(B, 1, dtype=torch.long, device=device)      # slots filled in each row
-        self.most = 0                                                       # no row has filled more than this
+        self.used = [0] * B                                                 # slots filled in each row
 
-    def write(self, k, v, pos):
-        """k, v (B,nh,T,hs), pos (B,T): append the tokens that are there."""
-        here = pos < FAR
-        slot = torch.where(here, self.used + here.cumsum(1) - 1, self.pos.size(1) - 1)     # (B,T)
-        row = torch.arange(len(pos), device=pos.device).unsqueeze(1)                        # (B,1)
-        self.k[row, :, slot] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[row, :, slot] = v.transpose(1, 2).to(self.v.dtype)
-        self.pos[row, slot] = pos
-        self.used += here.sum(1, keepdim=True)
-        self.most = min(self.most + pos.size(1), self.pos.size(1) - 1)
+    def enter(self, pos, rows=None):
+        """Give tokens at pos (n,T), of these rows (n,) or of all, the next slots of their rows -> Slots."""
+        numbers, here = range(len(pos)) if rows is None else rows.tolist(), pos < FAR
+        used, more = [self.used[b] for b in numbers], here.sum(1).tolist()
+        for b, u, m in zip(numbers, used, more, strict=True):
+            self.used[b] = u + m
+        if rows is None and min(used) == max(used) and min(more) == pos.size(1):
+            start, end = used[0], used[0] + pos.size(1)
+            self.pos[:, start:end] = pos
+            return Slots(torch.arange(start, end, device=pos.device).expand_as(pos), None, start)
+        first = torch.tensor(used, device=pos.device).unsqueeze(1)
+        slot = torch.where(here, first + here.cumsum(1) - 1, self.pos.size(1) - 1)
+        self.pos[numbered(rows, pos), slot] = pos
+        return Slots(slot, rows, None)
 
-    def attend(self, q, k, v, pos, dropout):
-        """Append, then let q (B,nh,T,hs) see everything up to its own position -> (B,nh,T,hs)."""
-        self.write(k, v, pos)
-        M = self.most
-        seen = self.pos[:, None, None, :M] <= pos[:, None, :, None]                         # (B,1,T,M)
-        k, v = self.k[:, :, :M].to(q.dtype), self.v[:, :, :M].to(q.dtype)                   # (B,nh,M,hs)
+
+def numbered(rows, places):
+    """Row numbers (n,1) to go with places (n,T)."""
+    return (torch.arange(len(places), device=places.device) if rows is None else rows).unsqueeze(1)
+
+
+class KV:
+    """Keys and values of one block. A routed block has places of its own, of the tokens it ran; a dense one
+    has those of the whole cache. There, tokens that left below it get the keys and values of their copied
+    states [DAT 2] when the first token comes this deep; if none does, never."""
+
+    def __init__(self, cache, routed, n_head, hs, dtype):
+        (B, slots), device = cache.places.pos.shape, cache.places.pos.device
+        self.cache, self.places = cache, Places(B, slots - 1, device) if routed else None
+        self.kv = torch.zeros(2, B, n_head, slots, hs, device=device, dtype=dtype)
+        self.filled = [0] * B           # of a dense block: the slots of each row that have keys and values
+
+    source = property(lambda self: self.cache.source)       # what a Seq2Seq looks across at
+    used = property(lambda self: (self.places or self.cache.places).used)
+
+    def busy(self, here):
+        """Rows of here (n,k) in which anybody is, None: in all; the others need not run."""
+        some = here.any(1)
+        return None if some.all() else some.nonzero()[:, 0]
+
+    def fill(self, block):
+        """Make what is missing below this call's tokens, of all rows that run in one product."""
+        if self.places is not None:
+            return
+        rows = range(len(self.filled)) if self.cache.here.rows is None else self.cache.here.rows.tolist()
+        pending = [(b, j) for b in rows for j in range(self.filled[b], self.cache.before[b])]
+        for b in rows:
+            self.filled[b] = self.cache.places.used[b]
+        if pending:
+            b, j = torch.tensor(pending, device=self.kv.device).unbind(1)                   # (P,)
+            x, at = self.cache.states[b, j], Tokens(self.cache.places.pos[b, j][None])
+            kv = block.attn.keys_values(block.ln1(x)[None], at)                             # (2,1,nh,P,hs)
+            self.kv[:, b, :, j] = kv[:, 0].permute(2, 0, 1, 3).to(self.kv.dtype)            # (P,2,nh,hs)
+
+    def attend(self, q, kv, at, dropout):
+        """Keep kv (2,n,nh,T,hs) of these tokens, then let q (n,nh,T,hs) see everything up to its own position
+        -> (n,nh,T,hs)."""
+        places, T, pos = self.places or self.cache.places, q.size(2), at.pos
+        here = self.cache.here if self.places is None else places.enter(pos, at.rows)
+        if here.start is not None:
+            M = here.start + T
+            self.kv.narrow(3, here.start, T).copy_(kv)
+            k, v = self.kv.narrow(3, 0, M).to(q.dtype).unbind()                             # (n,nh,M,hs)
+            seen = None if T == 1 else places.pos[:, None, None, :M] <= pos[:, None, :, None]
+            return F.scaled_dot_product_attention(q, k, v, seen)
+        rows = numbered(here.rows, pos)
+        self.kv[:, rows, :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)        # (n,T,2,nh,hs)
+        rows = rows[:, 0]
+        used = [places.used[b] for b in rows.tolist()]
+        if T == 1 and q.device.type == "cpu":           # each row's cache where it lies: gathering costs more
+            return torch.cat([F.scaled_dot_product_attention(
+                q[i:i + 1], *self.kv[:, b:b + 1, :, :M].to(q.dtype).unbind())
+                for i, (b, M) in enumerate(zip(rows.tolist(), used, strict=True))])
+        M = max(used)
+        k, v = self.kv[:, rows, :, :M].to(q.dtype).unbind()                                 # (n,nh,M,hs)
+        seen = places.pos[rows, None, None, :M] <= pos[:, None, :, None]                    # (n,1,T,M)
         return F.scaled_dot_product_attention(q, k, v, seen)
+
+
+class Cache:
+    """What a model remembers of B texts of at most `size` tokens; cache[n] is the KV of block n from 0."""
+
+    def __init__(self, model, B, size, source=None):
+        w, nh, routed = model.wte.weight, model.config.n_head, model.config.routed_blocks()
+        half = torch.is_autocast_enabled(w.device.type)
+        dtype = torch.get_autocast_dtype(w.device.type) if half else w.dtype
+        self.places, self.source = Places(B, size, w.device), source
+        self.states = torch.zeros(B, size + 1, w.size(1), device=w.device, dtype=w.dtype)   # of who left
+        self.blocks = [KV(self, n in routed, nh, w.size(1) // nh, dtype) for n in range(len(model.blocks))]
+
+    def __getitem__(self, n):
+        return self.blocks[n]
+
+    def enter(self, pos):
+        """The tokens of a call come, pos (B,T)."""
+        self.before = [*self.places.used]
+        self.call = self.here = self.places.enter(pos)
+
+    def leave(self, x):
+        """Keep the states (n,T,C) of the rows that run, in case that a later token goes deeper."""
+        self.states[numbered(self.here.rows, self.here.slot), self.here.slot] = x
+
+    def keep(self, rows):
+        """Only these rows (n,) go on in this call."""
+        self.here = Slots(self.call.slot[rows], rows, None)
+
+    def all_places(self):
+        return self.places, *(kv.places for kv in self.blocks if kv.places is not None)
 
     def select(self, rows, source):
         """Go on with these rows, in any order, also twice (a beam turns), and with this source."""
-        self.k, self.v, self.pos, self.used = self.k[rows], self.v[rows], self.pos[rows], self.used[rows]
-        self.source = source
-
-
-def empty_cache(model, B, size, source=None):
-    """One KV per block, for B rows of at most `size` tokens."""
-    w = model.wte.weight
-    nh = model.config.n_head
-    return [KV(B, size, nh, w.size(1) // nh, w.device, w.dtype, source) for _ in model.blocks]
+        self.source, self.states = source, self.states[rows]
+        for places in self.all_places():
+            places.pos, places.used = places.pos[rows], [places.used[b] for b in rows]
+        for kv in self.blocks:
+            kv.kv, kv.filled = kv.kv[:, rows], [kv.filled[b] for b in rows]
 
 
 class Read(NamedTuple):
@@ -73,39 +160,109 @@ class Read(NamedTuple):
     worked: torch.Tensor    # (B,T,L) bool, the blocks whose MLP it ran: all of `visited` without experts
 
 
+class Call:
+    """The tokens of one call on their way up: those of the rows in which somebody is `inside`, has not left.
+    missing: see `read`."""
+
+    def __init__(self, model, x, pos, cache, missing="copy"):
+        self.model, self.cache, self.missing, self.pos, self.L = model, cache, missing, pos, len(model.blocks)
+        self.x, self.first, self.at, self.inside = x, x, Tokens(pos), pos < FAR
+        self.changed, self.left, self.made = cache.here.start is None, [], []
+        self.exit_at = torch.full_like(pos, self.L)
+        self.ran, self.worked = torch.ones(2, *pos.shape, self.L, dtype=torch.bool, device=pos.device)
+        self.score = torch.full(self.ran.shape, torch.nan, device=pos.device)
+
+    @property
+    def rows(self):
+        return slice(None) if self.at.rows is None else self.at.rows
+
+    def anyone(self):
+        """Let the rows drop out in which nobody is inside. -> is there any other?"""
+        if self.changed:
+            stay = self.inside.any(1).nonzero()[:, 0]
+            if 0 < len(stay) < len(self.inside):
+                self.x, self.first, self.inside = self.x[stay], self.first[stay], self.inside[stay]
+                self.at = self.at.among(stay, self.at.pos[stay])
+                self.cache.keep(self.at.rows)
+            self.at.live, self.changed = None if self.inside.all() else self.inside, False
+            return len(stay) > 0
+        return True
+
+    def run(self, n, route):
+        """Block n, from 1."""
+        block, past = self.model.blocks[n - 1], self.cache[n - 1]
+        past.fill(block)
+        self.x, visit = block(self.x, self.at, past, route)
+        self.first = self.x if n == 1 else self.first
+        if visit.score is not None:
+            self.score[self.rows, :, n - 1] = visit.score.to(self.score.dtype)
+            self.ran[self.rows, :, n - 1] = visit.ran
+        if visit.choice is not None:
+            self.worked[self.rows, :, n - 1] = visit.choice.expert >= 0
+
+    def leave(self, n, rule):
+        """Those leave after block n that rule wants to, all after the last."""
+        looked, who = functools.cache(functools.partial(self.model.classifiers, n, self.x)), self.inside
+        if n < self.L:
+            states, source = [self.first, self.x], self.cache.source
+            who = who & rule(Seen(n, states, looked, self.at.pos, source, self.at.rows))
+            if not who.any():
+                return
+            if self.missing == "copy":
+                self.cache.leave(self.x)
+                self.changed = True
+        row, t = who.nonzero().unbind(1)
+        where = row if self.at.rows is None else self.at.rows[row], t
+        if looked.cache_info().currsize:
+            self.made.append((looked()[who], where))
+        else:
+            self.left.append(((n, self.x[who]), where))
+        self.exit_at[self.rows] = torch.where(who, n, self.exit_at[self.rows])
+        self.inside = self.inside & ~who
+
+    def found(self):
+        """-> Read, when nobody is inside any more."""
+        (B, T), V = self.pos.shape, self.model.vocab_size
+        together = len(self.left) + len(self.made) == 1     # all left after the same block
+        if self.left:                                       # no rule looked at their logits: one product
+            left, where = zip(*self.left, strict=True)
+            where = tuple(map(torch.cat, zip(*where, strict=True)))
+            self.made.append((self.model.classifiers.several(left), where))
+        logits = self.made[0][0]
+        if together and len(logits) == B * T:
+            logits = logits.view(B, T, V)
+        else:
+            logits = logits.new_zeros(B, T, V)
+            for made, where in self.made:
+                logits[where] = made
+        depth = torch.arange(self.L, device=self.pos.device)
+        visited = self.ran & (self.pos < FAR).unsqueeze(-1) & (self.exit_at.unsqueeze(-1) > depth)
+        return Read(logits, self.exit_at, visited, self.score, visited & self.worked)
+
+
 @torch.no_grad()
-def read(model, ids, pos, past, rule, route, missing="copy"):
-    """The one pass behind scoring (past=None), prompts and decoding: ids, pos (B,T) -> Read.
+def read(model, ids, pos, cache, rule, route, missing="copy"):
+    """The one pass behind scoring (cache=None: of its own), prompts and decoding: ids, pos (B,T) -> Read.
 
     All tokens of the call at once, under halting `rule` and routing `route`. Exact, and not an approximation
     of going token by token: block n reads states after block n - 1 only, and those are frozen where a token
-    has left [DAT 2]. Tokens with position FAR are padding and run nothing.
+    has left [DAT 2]. Tokens with position FAR are padding and run nothing; a row of which no token goes on
+    drops out, and when there is none the blocks above do not run at all.
 
     missing: what deeper tokens see of one that left earlier. "copy": keys and values of its copied state, the
     paper's way; "compute": its true ones, as if it ran the blocks later when one needs it (`visited` is still
     what it ran to be written; cost.decoding adds what is caught up).
     """
-    L = len(model.blocks)
-    at = Tokens(pos, live=pos < FAR)
-    exit_at, inside = torch.full_like(pos, L), at.live                      # inside: has not left
-    logits, ran, score, worked, states = None, [], [], [], []
-    source = past[0].source if past else None
-    for n, (h, visit) in enumerate(model.trunk(model.embed(ids), at, past, route), 1):
-        ran.append(visit.ran & inside)
-        worked.append(ran[-1] if visit.choice is None else ran[-1] & (visit.choice.expert >= 0))
-        score.append(torch.full_like(h[..., 0], torch.nan) if visit.score is None else visit.score)
-        states.append(h)
-        if not inside.any():
-            continue
-        classify = functools.cache(functools.partial(model.classifiers, n, h))
-        leave = inside & rule(Seen(n, states, classify, pos, source)) if n < L else inside
-        if leave.any():
-            logits = classify() if logits is None else torch.where(leave.unsqueeze(-1), classify(), logits)
-            exit_at = torch.where(leave, n, exit_at)
-            inside = inside & ~leave
-            if missing == "copy":
-                at.live, at.anyone = inside, bool(inside.any())
-    return Read(logits, exit_at, torch.stack(ran, -1), torch.stack(score, -1), torch.stack(worked, -1))
+    cache = cache or Cache(model, *pos.shape)
+    cache.enter(pos)
+    call = Call(model, model.embed(ids), pos, cache, missing)
+    for n in range(1, call.L + 1):
+        if not call.anyone():
+            break
+        call.run(n, route)
+        if n == call.L or rule is not full_depth:
+            call.leave(n, rule)
+    return call.found()
 
 
 @torch.no_grad()
@@ -145,16 +302,21 @@ def pad(rows, device):
     return ids, pos
 
 
-def pick(logits, temperature, top, u):
-    """logits (B,V), u (B,) uniform in [0,1) -> token (B,). temperature 0: the most likely; top: of the `top`
-    most likely tokens only (None: of all)."""
+def chances(logits, temperature, top):
+    """logits (B,V) -> probabilities (B,V), float64. temperature 0: 1 for the most likely token; top: of the
+    `top` most likely tokens only (None: of all)."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
     logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
     if top is not None:
         least = logits.topk(min(top, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    below = logits.softmax(-1).cumsum(-1)
+    return logits.softmax(-1)
+
+
+def pick(p, u):
+    """Probabilities p (B,V), of any sum, and u (B,) uniform in [0,1) -> token (B,)."""
+    below = p.cumsum(-1)
     return torch.searchsorted(below, u.unsqueeze(1).to(below) * below[:, -1:], right=True).squeeze(1)
 
 
@@ -190,13 +352,13 @@ def generate(model, prompts, new, rule, route=causal, temperature=1.0, top=None,
     u = torch.from_numpy(u)                             # (B,new); tokens are picked on the CPU, in float64
     length = torch.tensor([len(p) for p in prompts], device=device)
     going = torch.ones_like(length, dtype=torch.bool)
-    past = empty_cache(model, B, P + new, source)
+    past = Cache(model, B, P + new, source)
     ids, pos = pad(prompts, device)
     found = read(model, ids, pos, past, rule, route, missing)
     logits = found.logits[torch.arange(B, device=device), length - 1]
     written, exits, visits = [], [found.exit_at], [found.visited]
     for i in range(new):
-        token = pick(logits.cpu(), temperature, top, u[:, i]).to(device)
+        token = pick(chances(logits.cpu(), temperature, top), u[:, i]).to(device)
         written.append(torch.where(going, token, -1))
         if end is not None:
             going = going & (token != end)
@@ -272,7 +434,7 @@ def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=
     """
     B, P, V = len(prompts), check_prompts(model, prompts, max(new)), model.vocab_size
     device = model.wte.weight.device
-    past = empty_cache(model, B, P + max(new), source)
+    past = Cache(model, B, P + max(new), source)
     ids, pos = pad(prompts, device)
     found = read(model, ids, pos, past, rule, route, missing)
     logits = found.logits[range(B), [len(p) - 1 for p in prompts]]
@@ -298,9 +460,8 @@ def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=
         if not staying:
             break
         live, going = turned, [going[n] for n in staying]
-        source = source and source.select(staying)
-        for kv in past:
-            kv.select(rows, source)
+        past.select(rows, source and source.select(staying, len(turned[0])))
+        source = past.source
         flat = [(b, h) for b, row in zip(going, live, strict=True) for h in row]
         ids = torch.tensor([[h.written[-1]] for _, h in flat], device=device)
         pos = torch.tensor([[len(prompts[b]) + i] for b, _ in flat], device=device)

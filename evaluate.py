@@ -30,7 +30,7 @@ import run
 from data.batches import batches_of, bits_per_byte, open_data
 from data.common import UserError, command
 from data.parallel import direction, read_lines, sentence, source_ids
-from decode import measure, read, translate
+from decode import Cache, measure, read, translate
 from routing import causal
 
 
@@ -70,7 +70,8 @@ def under_rule(model, batches, name, trained, context, missing):
         batch = batch.to(model.wte.weight.device)
         with context, torch.no_grad():
             past, rule = model.past(batch), rule_for(model, batch, name, trained)
-            found = read(model, batch.ids, batch.pos, past, rule, causal, missing)
+            cache = Cache(model, *batch.pos.shape, past and past[0].source)
+            found = read(model, batch.ids, batch.pos, cache, rule, causal, missing)
         arrays = {"ids": batch.ids.int(), "targets": batch.targets.int(),
                   "nats": exits.nats(found.logits, batch.targets), "entropy": entropy(found.logits),
                   "exit_at": found.exit_at.byte(),

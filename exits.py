@@ -24,6 +24,25 @@ from routing import mixed_bits
 CHUNK = 2**22  # logits alive at a time while training (16 MB in fp32): reused memory instead of fresh pages
 
 
+def linear(x, weight, bias=None):
+    """F.linear. A few tokens on a CPU are multiplied by a batch of 16 parts of the matrix: decoding waits for
+    weights to be read, and BLAS lets all threads read a batch, but one alone a matrix for so few vectors."""
+    out, C = weight.shape
+    n = x.numel() // C
+    if n > 16 or out % 16 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    rows, parts = x.reshape(n, C), weight.view(16, -1, C)
+    if n <= 4:
+        columns = rows.t().expand(16, C, n)                                             # y^T = W x^T + b
+        y = torch.bmm(parts, columns) if bias is None else torch.baddbmm(bias.view(16, -1, 1), parts, columns)
+        y = y.view(out, n).t().contiguous()
+    else:
+        rows, parts = rows.expand(16, n, C), parts.transpose(1, 2)                      # y = x W^T + b
+        y = torch.bmm(rows, parts) if bias is None else torch.baddbmm(bias.view(16, 1, -1), rows, parts)
+        y = y.transpose(0, 1)
+    return y.reshape(*x.shape[:-1], out)
+
+
 class Classifiers(nn.Module):
     """One output classifier after each block in `blocks` (numbers from 1), each with its own LayerNorm.
 
@@ -40,7 +59,13 @@ class Classifiers(nn.Module):
 
     def forward(self, n, h):
         """The logits (...,V) of the classifier after block n, for h (...,C)."""
-        return F.linear(self.norms[str(n)](h), self.weights["tied" if self.tied else str(n)])
+        return linear(self.norms[str(n)](h), self.weights["tied" if self.tied else str(n)])
+
+    def several(self, left):
+        """[(n, h (m,C))] -> the logits of all (sum of m, V), in one product if they share a matrix."""
+        if not self.tied:
+            return torch.cat([self(n, h) for n, h in left])
+        return linear(torch.cat([self.norms[str(n)](h) for n, h in left]), self.weights["tied"])
 
 
 WEIGHTS = {"1": lambda n: 1.0, "n": lambda n: n, "sqrt(n)": lambda n: n**0.5,
@@ -207,10 +232,11 @@ class Halting(nn.Module):
 class Seen(NamedTuple):
     """What a halting rule may look at after block n."""
     n: int
-    states: list[torch.Tensor]          # h^1..h^n, each (B,T,C)
+    states: list[torch.Tensor]          # h^1 first and h^n last, each (B,T,C)
     read: Callable                      # read() -> block n's logits (B,T,V), made at most once
     pos: torch.Tensor                   # (B,T)
-    source: object = None               # of a Seq2Seq, with B rows or B / g
+    source: object = None               # of a Seq2Seq
+    rows: torch.Tensor | None = None    # (B,) their numbers in a call of more rows; None: 0..B-1
 
 
 def full_depth(seen):
@@ -225,14 +251,17 @@ def fixed_exit(e):
 
 def chosen(exit_at):
     """Everybody leaves where exit_at (B,T) says, by row and position: an oracle's choice, or anybody's."""
-    return lambda seen: exit_at.gather(1, seen.pos.clamp(max=exit_at.size(1) - 1)) <= seen.n
+    def rule(seen):
+        mine = exit_at if seen.rows is None else exit_at[seen.rows]
+        return mine.gather(1, seen.pos.clamp(max=exit_at.size(1) - 1)) <= seen.n
+    return rule
 
 
 def random_exit(N, seed=0):
     """Each token leaves at an exit drawn uniformly from 1..N ("uniform" in the paper's table 1), a function
     of (seed, row, position)."""
     def rule(seen):
-        return mixed_bits(seen.pos, seed) % N + 1 <= seen.n
+        return mixed_bits(seen.pos, seed, seen.rows) % N + 1 <= seen.n
     return rule
 
 
@@ -250,7 +279,8 @@ def learned(halting, threshold=0.5):
     def rule(seen):
         if halting.kind == "sequence":
             exit_at = halting.of_source(seen.source).argmax(-1) + 1
-            exit_at = exit_at.repeat_interleave(len(seen.pos) // len(exit_at)).unsqueeze(1)
+            exit_at = exit_at.repeat_interleave(seen.source.g).unsqueeze(1)
+            exit_at = exit_at if seen.rows is None else exit_at[seen.rows]
         elif halting.kind == "token":
             exit_at = halting.of_first(seen.states[0]).argmax(-1) + 1
         else:

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from exits import Classifiers, Halting
+from exits import Classifiers, Halting, linear
 from experts import Experts
 from routing import FAR, Routed, Visit, top_k
 
@@ -85,8 +85,19 @@ class Tokens:
     caller that takes a token out after h^n has made it exit at block n: its state stays as it is."""
     pos: torch.Tensor                       # (B,T) position in the text; FAR: not there
     live: torch.Tensor | None = None        # (B,T) bool
-    anyone: bool = True                     # False: nobody is live, so blocks need not run at all
+    rows: torch.Tensor | None = None        # (B,) their numbers in a call of more rows; None: 0..B-1
     onward: Callable | None = None          # (n, h^n) -> what block n + 1 reads, to scale its gradient
+    turns: torch.Tensor | None = None       # (B,T,3,1,hs/2) complex, once a block has asked
+
+    def among(self, rows, pos):
+        """Tokens at pos (n,k) of these rows (n,) only, None: of all."""
+        return Tokens(pos, rows=self.rows if rows is None else rows if self.rows is None else self.rows[rows])
+
+    def rotations(self, rope):
+        """The rows of rope (block_size, 3, 1, hs/2, 2) for these positions, as complex numbers."""
+        if self.turns is None:
+            self.turns = torch.view_as_complex(rope[self.pos.clamp(max=len(rope) - 1)])
+        return self.turns
 
 
 def positions(ids):
@@ -96,10 +107,10 @@ def positions(ids):
 
 class Source:
     """An encoded source: states (B,S,Ce), there (B,S) bool. Each decoder block makes its keys and values at
-    its first visit. A call may have g rows for each source, side by side (the hypotheses of a beam)."""
+    its first visit. A call has g rows for each source, side by side (the hypotheses of a beam)."""
 
-    def __init__(self, states, there):
-        self.states, self.there, self.made = states, there, {}
+    def __init__(self, states, there, g=1):
+        self.states, self.there, self.g, self.made = states, there, g, {}
 
     def keys_values(self, cross):
         """k, v (B,nh,S,hs) for one block's CrossAttention."""
@@ -107,12 +118,14 @@ class Source:
             self.made[cross] = cross.keys_values(self.states)
         return self.made[cross]
 
-    def select(self, rows):
-        """The Source of these rows only."""
+    def select(self, rows, g):
+        """The Source of these rows only, with g rows of a call for each."""
         if len(rows) == len(self.states):
-            return self
-        chosen = Source(self.states[rows], self.there[rows])
-        chosen.made = {cross: (k[rows], v[rows]) for cross, (k, v) in self.made.items()}
+            chosen = Source(self.states, self.there, g)
+            chosen.made = self.made
+        else:
+            chosen = Source(self.states[rows], self.there[rows], g)
+            chosen.made = {cross: (k[rows], v[rows]) for cross, (k, v) in self.made.items()}
         return chosen
 
 
@@ -123,25 +136,35 @@ class Now:
     def __init__(self, source=None, there=None):
         self.source, self.seen = source, None if there is None else there[:, None, None]     # (B,1,1,S)
 
-    def write(self, k, v, pos):
-        """Nothing to keep."""
+    def busy(self, here):
+        """Rows of here (B,k) in which anybody is; None: run all, so that shapes do not depend on data."""
+        return None
 
-    def attend(self, q, k, v, pos, dropout):
-        """q, k, v (B,nh,T,hs) -> (B,nh,T,hs)."""
+    def attend(self, q, kv, at, dropout):
+        """q (B,nh,T,hs), kv (2,B,nh,T,hs) -> (B,nh,T,hs)."""
+        k, v = kv.unbind()
         return F.scaled_dot_product_attention(q, k, v, self.seen, dropout, is_causal=self.seen is None)
 
 
 def rotations(size, hs, dtype=torch.float32):
-    """cos and sin (size, hs/2, 2) of position * 10000^(-2i/hs): how far a position turns pair i."""
+    """How far a position turns pair i of a query and a key, position * 10000^(-2i/hs), and of a value, not at
+    all: cos and sin (size, 3, 1, hs/2, 2)."""
     angle = torch.arange(size).double().outer(10000.0 ** (-torch.arange(0, hs, 2).double() / hs))
+    angle = torch.stack([angle, angle, 0 * angle], 1).unsqueeze(2)
     return torch.stack([angle.cos(), angle.sin()], -1).to(dtype)
 
 
 def rotate(x, by):
-    """Turn each pair of channels of x (B,T,nh,hs) as a complex number; by (B,T,hs/2,2)."""
-    pairs = x.to(by.dtype).unflatten(-1, (-1, 2))                                       # (B,T,nh,hs/2,2)
-    turned = torch.view_as_complex(pairs) * torch.view_as_complex(by).unsqueeze(2)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    """Turn each pair of channels of x (B,T,n,nh,hs) as a complex number; by (B,T,n,1,hs/2) complex."""
+    pairs = torch.view_as_complex(x.to(by.real.dtype).view(*x.shape[:-1], -1, 2))       # (B,T,n,nh,hs/2)
+    return torch.view_as_real(pairs * by).view(x.shape).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that reads its weights fast for a single token."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -150,31 +173,25 @@ class Attention(nn.Module):
     def __init__(self, C, nh, block_size, dropout):
         super().__init__()
         self.n_head, self.dropout = nh, dropout
-        self.query, self.key_value, self.proj = nn.Linear(C, C), nn.Linear(C, 2 * C), nn.Linear(C, C)
+        self.qkv, self.proj = Linear(C, 3 * C), Linear(C, C)
         self.drop = nn.Dropout(dropout)
         self.register_buffer("rope", rotations(block_size, C // nh), persistent=False)
 
-    def turn(self, x, pos):
-        """x (B,T,nh,hs) at pos (B,T), rotated -> (B,nh,T,hs)."""
-        return rotate(x, self.rope[pos.clamp(max=len(self.rope) - 1)]).transpose(1, 2)
+    def heads(self, x, at):
+        """Queries, keys and values, or the latter two, side by side in x (B,T,n C) -> (n,B,nh,T,hs)."""
+        x = x.view(*x.shape[:2], -1, self.n_head, 2 * self.rope.size(-2))               # (B,T,n,nh,hs)
+        return rotate(x, at.rotations(self.rope)[:, :, -x.size(2):]).permute(2, 0, 3, 1, 4)
 
-    def keys_values(self, x, pos):
-        """x (B,T,C), pos (B,T) -> k, v (B,nh,T,hs)."""
-        B, T, C = x.shape
-        k, v = self.key_value(x).view(B, T, 2, self.n_head, C // self.n_head).unbind(2)  # (B,T,nh,hs)
-        return self.turn(k, pos), v.transpose(1, 2)
+    def keys_values(self, x, at):
+        """x (B,T,C) -> (2,B,nh,T,hs)."""
+        C = x.size(-1)
+        return self.heads(linear(x, self.qkv.weight[C:], self.qkv.bias[C:]), at)
 
-    def write(self, x, pos, past):
-        """Leave keys and values of x in `past` without attending: what a copied state does [DAT 2]."""
-        past.write(*self.keys_values(x, pos), pos)
-
-    def forward(self, x, pos, past):
-        """x (B,T,C), pos (B,T) -> (B,T,C)."""
-        B, T, C = x.shape
-        q = self.turn(self.query(x).view(B, T, self.n_head, C // self.n_head), pos)     # (B,nh,T,hs)
-        k, v = self.keys_values(x, pos)
-        y = past.attend(q, k, v, pos, self.dropout if self.training else 0.0)           # (B,nh,T,hs)
-        return self.drop(self.proj(y.transpose(1, 2).reshape(B, T, C)))
+    def forward(self, x, at, past):
+        """x (B,T,C) -> (B,T,C)."""
+        qkv = self.heads(self.qkv(x), at)
+        y = past.attend(qkv[0], qkv[1:], at, self.dropout if self.training else 0.0)    # (B,nh,T,hs)
+        return self.drop(self.proj(y.transpose(1, 2).reshape(x.shape)))
 
 
 class CrossAttention(nn.Module):
@@ -184,18 +201,21 @@ class CrossAttention(nn.Module):
     def __init__(self, C, nh, Ce, dropout):
         super().__init__()
         self.n_head, self.dropout = nh, dropout
-        self.query, self.key_value, self.proj = nn.Linear(C, C), nn.Linear(Ce, 2 * C), nn.Linear(C, C)
+        self.query, self.key_value, self.proj = Linear(C, C), nn.Linear(Ce, 2 * C), Linear(C, C)
         self.drop = nn.Dropout(dropout)
 
     def keys_values(self, states):
         """states (B,S,Ce) -> k, v (B,nh,S,hs)."""
         return self.key_value(states).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind()
 
-    def forward(self, x, source):
-        """x (gB,T,C), a source of B rows -> (gB,T,C). The g rows of one source are queries side by side."""
-        k, v = source.keys_values(self)
+    def forward(self, x, at, source):
+        """x (gB,T,C), a source of B rows -> (gB,T,C). The g rows of one source are queries side by side,
+        unless only some rows run."""
+        (k, v), there = source.keys_values(self), source.there
+        if at.rows is not None:
+            k, v, there = (t[at.rows // source.g] for t in (k, v, there))
         q = self.query(x).view(len(k), -1, self.n_head, k.size(-1)).transpose(1, 2)     # (B,nh,gT,hs)
-        y = F.scaled_dot_product_attention(q, k, v, source.there[:, None, None],
+        y = F.scaled_dot_product_attention(q, k, v, there[:, None, None],
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.drop(self.proj(y.transpose(1, 2).reshape(x.shape)))
 
@@ -203,7 +223,7 @@ class CrossAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, C, inner, dropout):
         super().__init__()
-        self.fc, self.proj = nn.Linear(C, inner), nn.Linear(inner, C)
+        self.fc, self.proj = Linear(C, inner), Linear(inner, C)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, pos, route):
@@ -222,23 +242,20 @@ class Block(nn.Module):
             self.ln_cross, self.cross = nn.LayerNorm(C), CrossAttention(C, nh, Ce, dropout)
         self.ln2, self.mlp = nn.LayerNorm(C), MLP(C, inner or 4 * C, dropout)
 
-    def residual(self, x, pos, past, route):
+    def residual(self, x, at, past, route):
         """What this block would add to the stream x (B,T,C), and the Choice if its MLP is Experts."""
-        a = self.attn(self.ln1(x), pos, past)
+        a = self.attn(self.ln1(x), at, past)
         if self.cross is not None:
-            a = a + self.cross(self.ln_cross(x + a), past.source)
-        m, choice = self.mlp(self.ln2(x + a), pos, route)
+            a = a + self.cross(self.ln_cross(x + a), at, past.source)
+        m, choice = self.mlp(self.ln2(x + a), at.pos, route)
         return m.add_(a), choice                        # a + m, in the memory of m
 
     def forward(self, x, at, past, route):
         """x (B,T,C) -> (x, Visit). A token that has exited keeps its state; later tokens see this block's own
         keys and values of that copy [DAT 2]. route: for experts."""
-        if not at.anyone:
-            self.attn.write(self.ln1(x), at.pos, past)
-            return x, Visit(at.live)
-        update, choice = self.residual(x, at.pos, past, route)
+        update, choice = self.residual(x, at, past, route)
         if at.live is None:
-            return x + update, Visit(torch.ones_like(at.pos, dtype=torch.bool), choice=choice)
+            return x + update, Visit(None, choice=choice)
         return torch.where(at.live.unsqueeze(-1), x + update, x), Visit(at.live, choice=choice)
 
 
@@ -332,7 +349,7 @@ class Encoder(nn.Module):
             raise ValueError(f"a source of {ids.size(1)} tokens exceeds the context of {self.block_size}")
         x, there = self.drop(self.wte(ids)), pos < FAR
         for block in self.blocks:
-            x = x + block.residual(x, pos, Now(there=there), None)[0]
+            x = x + block.residual(x, Tokens(pos), Now(there=there), None)[0]
         return Source(self.norm(x), there)
 
 

@@ -27,15 +27,16 @@ FAR = 2**30  # the position of a token that is not there (padding, or not select
 
 class Visit(NamedTuple):
     """What one block did with the tokens of one call. Dense blocks have no score and no guess."""
-    ran: torch.Tensor                   # (B,T) bool: the token ran this block
+    ran: torch.Tensor | None            # (B,T) bool: the token ran this block; None: all did
     score: torch.Tensor | None = None   # (B,T) r_i, the factor on the block's update
     guess: torch.Tensor | None = None   # (B,T) the causal rule's logit: run when > 0
     choice: tuple | None = None    # experts.Choice of the tokens that ran, if there are experts
 
 
-def mixed_bits(pos, seed):
-    """pos (B,T) -> (B,T) integers in 0..2^32 - 1: chance as a function of (seed, row, position)."""
-    row = torch.arange(len(pos), device=pos.device).unsqueeze(1)
+def mixed_bits(pos, seed, rows=None):
+    """pos (B,T) of these rows (B,), None: 0..B-1 -> (B,T) integers in 0..2^32 - 1: chance as a function of
+    (seed, row, position)."""
+    row = (torch.arange(len(pos), device=pos.device) if rows is None else rows).unsqueeze(1)
     x = (pos * 73_856_093 + row * 19_349_663 + seed * 83_492_791) & 0xFFFFFFFF
     for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B), (16, 1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
@@ -111,19 +112,19 @@ class Routed(nn.Module):
             if hidden:
                 self.predictor = nn.Sequential(nn.Linear(C, hidden), nn.SiLU(), nn.Linear(hidden, 1))
 
-    def chance(self, pos):
-        """pos (B,T) -> score (B,T), guess (B,T) of the random control: noise, drawn anew while training as
+    def chance(self, at):
+        """-> score (B,T), guess (B,T) of the random control: noise, drawn anew while training as
         dropout is, else a function of row and position, so that one pass is like token by token."""
         if self.training:
-            score = torch.randn(pos.shape, device=pos.device)
+            score = torch.randn(at.pos.shape, device=at.pos.device)
         else:
-            score = gaussian(((mixed_bits(pos, self.random) >> 9) + 0.5) / 2**23)
-        return score, score - gaussian(torch.tensor(1 - self.capacity, device=pos.device))
+            score = gaussian(((mixed_bits(at.pos, self.random, at.rows) >> 9) + 0.5) / 2**23)
+        return score, score - gaussian(torch.tensor(1 - self.capacity, device=score.device))
 
-    def scores(self, x, pos):
+    def scores(self, x, at):
         """x (B,T,C) -> score (B,T), guess (B,T), in the parameters' precision even under autocast."""
         if self.router is None:
-            return self.chance(pos)
+            return self.chance(at)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.router.weight.dtype)
             score = self.router(x).squeeze(-1)
@@ -132,23 +133,25 @@ class Routed(nn.Module):
 
     def forward(self, x, at, past, route):
         """x (B,T,C) -> (x, Visit). A token that does not run leaves nothing behind in `past`."""
-        if not at.anyone:
-            return x, Visit(at.live)
         B, T, C = x.shape                                                   # k tokens kept
-        score, guess = self.scores(x, at.pos)
+        score, guess = self.scores(x, at)
         idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody
-        ran = marked(idx, T)
-        choice = None
+        ran, choice = marked(idx, T), None
         if idx.size(1) > 0:
+            rows = past.busy(idx < T)                                       # n of B rows, None: all
+            idx, y, gate, pos = (t if rows is None else t[rows] for t in (idx, x, score, at.pos))
             here, place = idx < T, idx.clamp(max=T - 1)
-            pos = torch.where(here, at.pos.gather(1, place), FAR)           # (B,k)
-            each = place.unsqueeze(-1).expand(-1, -1, C)                      # (B,k,C)
-            update, choice = self.block.residual(x.gather(1, each), pos, past, route)       # (B,k,C)
-            weight = torch.where(here, self.gate(score.gather(1, place)), 0)    # (B,k)
-            x = x.scatter_add(1, each, (weight.unsqueeze(-1) * update).to(x.dtype))
+            these = at.among(rows, torch.where(here, pos.gather(1, place), FAR))    # (n,k)
+            each = place.unsqueeze(-1).expand(-1, -1, C)                    # (n,k,C)
+            update, choice = self.block.residual(y.gather(1, each), these, past, route)     # (n,k,C)
+            weight = torch.where(here, self.gate(gate.gather(1, place)), 0)     # (n,k)
+            y = y.scatter_add(1, each, (weight.unsqueeze(-1) * update).to(x.dtype))
+            x = y if rows is None else x.index_copy(0, rows, y)
             if choice is not None:      # of the tokens selected; now of all
-                expert = torch.full((B, T + 1), -1, device=x.device).scatter(1, idx, choice.expert)[:, :T]
-                choice = choice._replace(expert=expert)
+                expert = torch.full((B, T + 1), -1, device=x.device)
+                rows = slice(None) if rows is None else rows
+                expert[rows] = expert[rows].scatter(1, idx, choice.expert)
+                choice = choice._replace(expert=expert[:, :T])
         return x, Visit(ran, score, guess, choice)
 
 

@@ -31,12 +31,12 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", _refuse)
 
 
-def tiny(seed=0, **options):
+def tiny(seed=0, vocab=V, **options):
     """A GPT in float64 whose every parameter, norms and biases too, is random and large enough to matter."""
     config = GPTConfig(**{"n_layer": 4, "n_head": 2, "n_embd": 16, "block_size": 24,
                           "routed": "odd", "capacity": 0.25} | options)
     torch.manual_seed(seed)
-    return at_random(GPT(config, V), None)
+    return at_random(GPT(config, vocab), None)
 
 
 def tiny_translator(seed=0, vocab=V, **options):
@@ -56,7 +56,7 @@ def at_random(model, past):
         torch.nn.init.normal_(p, std=0.4)
     for module in model.modules():
         if isinstance(module, Attention):
-            module.rope = rotations(len(module.rope), 2 * module.rope.size(1), torch.float64)
+            module.rope = rotations(len(module.rope), 2 * module.rope.size(-2), torch.float64)
     ids = texts(vocab=model.vocab_size)
     at = Tokens(torch.arange(ids.size(1)).expand_as(ids))
     states = model.trunk(model.embed(ids), at, past and past(), causal)

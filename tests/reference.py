@@ -91,8 +91,9 @@ class Reference:
 
     def key_value(self, n, x, position):
         """What block n remembers of a token whose state below the block is x."""
-        both = self.linear(self.name(n) + ".attn.key_value", self.norm(self.name(n) + ".ln1", x))
-        return self.rotate(both[: len(x)], position), both[len(x) :]
+        three = self.linear(self.name(n) + ".attn.qkv", self.norm(self.name(n) + ".ln1", x))
+        _, key, value = np.split(three, 3)
+        return self.rotate(key, position), value
 
     def attend(self, query, memory):
         """softmax(q k / sqrt(head size)) v in each head; memory: the (key, value) pairs that are seen."""
@@ -108,7 +109,7 @@ class Reference:
     def update(self, n, x, position, memory):
         """f(x) = a + m of block n, a = Attn(LN1(x)), m = MLP(LN2(x + a)); memory: the (key, value) pairs."""
         name = self.name(n)
-        query = self.rotate(self.linear(name + ".attn.query", self.norm(name + ".ln1", x)), position)
+        query = self.rotate(self.linear(name + ".attn.qkv", self.norm(name + ".ln1", x))[: len(x)], position)
         a = self.linear(name + ".attn.proj", self.attend(query, memory))
         hidden = gelu(self.linear(name + ".mlp.fc", self.norm(name + ".ln2", x + a)))
         m = self.linear(name + ".mlp.proj", hidden)

@@ -50,7 +50,7 @@ class Translator(Reference):
     def update(self, n, x, position, memory):
         """f(x) = a + c + m: a = Attn(LN1(x)), c = Cross(LNc(x + a), source), m = MLP(LN2(x + a + c))."""
         name = self.name(n)
-        query = self.rotate(self.linear(name + ".attn.query", self.norm(name + ".ln1", x)), position)
+        query = self.rotate(self.linear(name + ".attn.qkv", self.norm(name + ".ln1", x))[: len(x)], position)
         a = self.linear(name + ".attn.proj", self.attend(query, memory))
         query = self.linear(name + ".cross.query", self.norm(name + ".ln_cross", x + a))
         c = self.linear(name + ".cross.proj", self.attend(query, self.source[n]))

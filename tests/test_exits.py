@@ -54,16 +54,25 @@ def test_everybody_at_e_is_the_model_cut_at_e(e):
 
 
 def test_dense_blocks_above_an_exit_keep_the_copied_state_and_routed_ones_nothing():
-    """The two papers differ in what a token that does not run leaves behind."""
-    model, ids = tiny(), texts()
-    past = decode.empty_cache(model, 3, 16)
-    decode.read(model, ids, positions(ids), past, exits.fixed_exit(1), causal)
-    assert [kv.used.flatten().tolist() for kv in past] == [[16] * 3, [0] * 3, [16] * 3, [0] * 3]
+    """The two papers differ in what a token that does not run leaves behind; DAT's copies wait until a token
+    comes that deep, and are made once."""
+    model, ids = tiny(), texts(T=18)
+    past = decode.Cache(model, 3, 18)
+
+    def go_on(part, rule):
+        decode.read(model, ids[:, part], positions(ids)[:, part], past, rule, causal)
+        return [kv.filled for kv in past][::2]
+    assert go_on(slice(16), exits.fixed_exit(1)) == [[16] * 3, [0] * 3]
+    assert [kv.used for kv in past] == [[16] * 3, [0] * 3, [16] * 3, [0] * 3]
+    assert go_on(slice(16, 17), exits.chosen(torch.full((3, 18), 3).index_fill(0, torch.tensor(1), 1))) \
+        == [[17] * 3, [17, 0, 17]]
+    assert go_on(slice(17, 18), exits.chosen(torch.full((3, 18), 2))) == [[18] * 3, [17, 0, 17]]
+    ids = ids[:, :16]
     h = next(model.trunk(model.embed(ids), decode.Tokens(positions(ids))))[0]
     block = model.blocks[2]
-    k, v = block.attn.keys_values(block.ln1(h), positions(ids))     # its own norm and projections
-    torch.testing.assert_close(past[2].k[:, :, :16], k)
-    torch.testing.assert_close(past[2].v[:, :, :16], v)
+    k, v = block.attn.keys_values(block.ln1(h), decode.Tokens(positions(ids)))     # its own norm and matrix
+    torch.testing.assert_close(past[2].kv[0, ::2, :, :16], k[::2])
+    torch.testing.assert_close(past[2].kv[1, ::2, :, :16], v[::2])
 
 
 def test_each_exit_has_its_own_norm_and_shares_or_owns_its_matrix():
@@ -97,11 +106,12 @@ def test_pick_samples_the_distribution_it_is_given():
         if top:
             p = torch.where(logits >= logits.topk(top).values[0, -1], p, 0)
             p = p / p.sum()
-        seen = torch.bincount(decode.pick(many, temperature, top, u), minlength=5) / len(u)
+        seen = torch.bincount(decode.pick(decode.chances(many, temperature, top), u), minlength=5) / len(u)
         torch.testing.assert_close(seen.double(), p[0], rtol=0, atol=2e-4)
-    assert decode.pick(logits, 0, None, u[:1]).item() == 4
-    assert decode.pick(logits, 1.0, 1, u[-1:]).item() == 4
-    assert decode.pick(torch.tensor([[-torch.inf, 0.0, -torch.inf]]), 1.0, None, u[:1]).item() == 1
+    assert decode.pick(decode.chances(logits, 0, None), u[:1]).item() == 4
+    assert decode.pick(decode.chances(logits, 1.0, 1), u[-1:]).item() == 4
+    certain = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    assert decode.pick(decode.chances(certain, 1.0, None), u[:1]).item() == 1
 
 
 def test_generate_refuses_what_cannot_be():

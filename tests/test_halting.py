@@ -15,7 +15,7 @@ import decode
 import exits
 import train
 from data.batches import Batch
-from model import GPT, GPTConfig, Now, Tokens, positions
+from model import GPT, GPTConfig, Tokens, positions
 from routing import causal
 
 N = 4
@@ -105,7 +105,7 @@ def test_decoding_with_learned_exits_is_the_papers(kind, missing):
     for seed in range(3):
         model, source, ids = model_with(kind, seed=seed), texts(5, T=7), texts(seed, T=10)
         rule = exits.learned(model.halting)
-        past = [Now(model.encode(source))] * N
+        past = decode.Cache(model, *ids.shape, model.encode(source))
         whole = decode.read(model, ids, positions(ids), past, rule, causal, missing)
         steps, _ = by_steps(model, ids, rule, source=model.encode(source), missing=missing)
         same(whole, steps)

@@ -11,7 +11,7 @@ from conftest import V, texts, tiny
 
 import decode
 import exits
-from model import Tokens, positions
+from model import Now, Tokens, positions
 from routing import FAR, Routed, Visit, causal, confusion, imitation_loss, report, top_k
 
 
@@ -23,8 +23,8 @@ def visits(model, ids, route=top_k):
 class Echo(nn.Module):
     """A block whose update is a constant; it notes what it was given."""
 
-    def residual(self, x, pos, past, route):
-        self.x, self.pos = x, pos
+    def residual(self, x, at, past, route):
+        self.x, self.pos = x, at.pos
         return torch.full_like(x, 5.0), None
 
 
@@ -36,7 +36,7 @@ def routed(capacity=0.5, **options):
 def test_1_residual_once_and_unscaled():
     """1: x + r f(x), not r (x + f) or 2x + ...: with f = 5 everywhere the output is x + 5 r, or x."""
     block, x = routed(), torch.randn(2, 6, 8, dtype=torch.float64)
-    out, visit = block(x, Tokens(torch.arange(6).expand(2, 6)), None, top_k)
+    out, visit = block(x, Tokens(torch.arange(6).expand(2, 6)), Now(), top_k)
     expected = x + torch.where(visit.ran, 5 * visit.score, 0).unsqueeze(-1)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
@@ -45,7 +45,7 @@ def test_2_and_3_positions_and_time_order_are_kept():
     """2, 3: selected tokens renumbered 0..k-1, or handed on in order of their scores."""
     block, x = routed(), torch.randn(2, 6, 8, dtype=torch.float64)
     pos = torch.tensor([[3, 4, 5, 9, 10, 11], [0, 1, 2, 3, 4, 5]])
-    _, visit = block(x, Tokens(pos), None, top_k)
+    _, visit = block(x, Tokens(pos), Now(), top_k)
     for b in range(2):
         assert block.block.pos[b].tolist() == pos[b][visit.ran[b]].tolist()
         assert torch.equal(block.block.x[b], x[b][visit.ran[b]])
@@ -54,22 +54,22 @@ def test_2_and_3_positions_and_time_order_are_kept():
 def test_2_a_routed_cache_keeps_the_original_positions():
     """2: a cache that numbers its own slots."""
     model, ids = tiny(), texts(rows=2)
-    past = decode.empty_cache(model, 2, 16)
+    past = decode.Cache(model, 2, 16)
     found = decode.read(model, ids, positions(ids), past, exits.full_depth, causal)
     assert 0 < found.visited[..., 1].sum() < 32
     for b in range(2):
         where = found.visited[b, :, 1].nonzero().squeeze(1).tolist()
-        assert past[1].pos[b, : len(where)].tolist() == where
-        assert (past[1].pos[b, len(where):-1] == FAR).all()
+        assert past[1].places.pos[b, : len(where)].tolist() == where
+        assert (past[1].places.pos[b, len(where):-1] == FAR).all()
 
 
 def test_4_the_gate_of_a_token_is_its_own():
     """4: a softmax over the sequence as gate: one token's score would change with the others'."""
     block, x = routed(capacity=1.0), torch.randn(1, 6, 8, dtype=torch.float64)
     at = Tokens(torch.arange(6)[None])
-    before, other = block(x, at, None, top_k)[0], x.clone()
+    before, other = block(x, at, Now(), top_k)[0], x.clone()
     other[0, 5] += 1
-    after = block(other, at, None, top_k)[0]
+    after = block(other, at, Now(), top_k)[0]
     assert torch.equal(before[0, :5], after[0, :5]) and not torch.equal(before[0, 5], after[0, 5])
 
 
@@ -95,14 +95,14 @@ def test_6_exactly_k_tokens_even_when_all_scores_are_equal(T):
     block = routed(capacity=0.125)
     nn.init.zeros_(block.router.weight)
     x = torch.randn(2, T, 8, dtype=torch.float64)
-    _, visit = block(x, Tokens(torch.arange(T).expand(2, T)), None, top_k)
+    _, visit = block(x, Tokens(torch.arange(T).expand(2, T)), Now(), top_k)
     assert (visit.ran.sum(1) == max(1, round(T / 8))).all()
 
 
 def test_7_a_single_token_can_go_around():
     """7: top-k while decoding routes every token, since the best of one token is that token."""
     model, ids = tiny(), texts(rows=16, T=1)
-    past = decode.empty_cache(model, 16, 4)
+    past = decode.Cache(model, 16, 4)
     found = decode.read(model, ids, positions(ids), past, exits.full_depth, causal)
     assert 0 < found.visited[..., 1].float().mean() < 1
     assert decode.generate.__defaults__[0] is causal
@@ -112,16 +112,15 @@ def test_7_a_single_token_can_go_around():
 def test_8_empty_slots_are_never_seen(size):
     """8: zero keys attended; garbage in every slot that nobody filled must not change anything."""
     model, ids = tiny(), texts(rows=2)
-    past = decode.empty_cache(model, 2, size)
+    past = decode.Cache(model, 2, size)
     for kv in past:
-        kv.k.fill_(37.0)
-        kv.v.fill_(-99.0)
+        kv.kv[0], kv.kv[1] = 37.0, -99.0
     found = [decode.read(model, ids[:, t:t + 1], positions(ids)[:, t:t + 1], past, exits.full_depth, causal)
              for t in range(16)]
     clean = decode.read(model, ids, positions(ids), None, exits.full_depth, causal)
     torch.testing.assert_close(torch.cat([f.logits for f in found], 1), clean.logits)
     ran = clean.visited.sum(1)                                                          # (B,L)
-    assert torch.equal(torch.cat([kv.used for kv in past], 1), torch.where(ran == 0, 0, ran))
+    assert torch.equal(torch.tensor([kv.used for kv in past]).T, ran)
 
 
 def test_9_the_router_learns_from_the_language_model():
@@ -147,7 +146,7 @@ def test_10_the_predictor_is_an_mlp_behind_a_stop_gradient_and_gates_nothing():
 def test_10_the_predictor_reads_the_input_of_the_block():
     """10: a predictor fed the block's output, which a skipped token does not have."""
     block, x = routed(), torch.randn(1, 6, 8, dtype=torch.float64)
-    _, visit = block(x, Tokens(torch.arange(6)[None]), None, top_k)
+    _, visit = block(x, Tokens(torch.arange(6)[None]), Now(), top_k)
     assert torch.equal(visit.guess, block.predictor(x).squeeze(-1))
 
 

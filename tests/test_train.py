@@ -131,7 +131,7 @@ def test_only_matrices_decay():
     names = {id(p): n for n, p in model.named_parameters()}
     decayed, free = (
         {names[id(p)] for p in g["params"]} for g in script.optimizer_of(model, run.Options()).param_groups)
-    assert "blocks.0.attn.query.weight" in decayed and "wte.weight" in decayed
+    assert "blocks.0.attn.qkv.weight" in decayed and "wte.weight" in decayed
     assert {"blocks.1.router.weight", "blocks.0.ln1.weight", "blocks.0.mlp.fc.bias"} <= free
     assert len(decayed) + len(free) == len(names) and not decayed & free
 
