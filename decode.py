@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from exits import Seen, full_depth, nats
-from model import Tokens
+from exits import Seen, fixed_exit, full_depth, nats
+from model import Tokens, positions
 from routing import FAR, ROUTES, causal, confusion
 
 
@@ -138,6 +138,21 @@ class Cache:
     def keep(self, rows):
         """Only these rows (n,) go on in this call."""
         self.here = Slots(self.call.slot[rows], rows, None)
+
+    def again(self, start):
+        """The call is of tokens of a single text that came before, from the slot `start` on -> pos (1,T)."""
+        pos = self.places.pos[:, start:self.places.used[0]]
+        slot = torch.arange(start, self.places.used[0], device=pos.device).unsqueeze(0)
+        self.before, self.call, self.here = [start], None, Slots(slot, None, start)
+        return pos
+
+    def drop(self, pos):
+        """Forget all tokens of a single text at `pos` and after, whichever slots they have."""
+        for places in self.all_places():
+            used = int((places.pos < pos).sum())
+            places.pos[:, used:], places.used = FAR, [used]
+        for kv in self.blocks:
+            kv.filled = [min(kv.filled[0], self.places.used[0])]
 
     def all_places(self):
         return self.places, *(kv.places for kv in self.blocks if kv.places is not None)
@@ -383,6 +398,79 @@ def _rows(prompts, written, exits, visits):
         read_at = [*range(len(prompt)), *range(P, P + len(added))][: len(prompt) + len(added) - 1]
         rows.append(Generated(prompt + added, len(prompt), exits[b, read_at], visits[b, read_at]))
     return rows
+
+
+# ----------------------------------------------------------------------------- lossless drafts
+
+
+def verify(model, cache, E, start, route):
+    """Run the blocks above E, at once, on all tokens of a single text from slot `start` on, which left there
+    -> logits (T,V) of the last classifier, visited (1,T,L - E)."""
+    pos = cache.again(start)
+    call = Call(model, cache.states[:, cache.here.slot[0]], pos, cache)
+    for n in range(E + 1, call.L + 1):
+        call.run(n, route)
+    call.leave(call.L, None)
+    found = call.found()
+    return found.logits[0], found.visited[..., E:]
+
+
+def accept(p, q, drafted, u):
+    """Keep a drafted token with chance min(1, p / q), else draw one from what p has more than q: so tokens
+    come as often as p says. p, q (V,), u two numbers uniform in [0,1) -> (kept?, token)."""
+    if u[0] * q[drafted] < p[drafted]:
+        return True, drafted
+    return False, int(pick((p - q).clamp(min=0)[None], torch.tensor(u[1:])))
+
+
+class Drafted(NamedTuple):
+    """What `speculate` did."""
+    text: Generated
+    drafted: int                # tokens proposed
+    kept: int                   # of those
+
+
+@torch.no_grad()
+def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=None, seed=0, end=None,
+              source=None):
+    """Continue one prompt as full depth would, in distribution (at temperature 0 token by token), but faster:
+    draft `ahead` tokens with the first E blocks and their classifier, run the other blocks on all of them at
+    once, and keep what those agree with (speculative sampling, the draft being the model's own early exit).
+    Every state in the cache is a true one, none is copied. -> Drafted.
+
+    Raises ValueError for a prompt as in `generate`, or if block E is not an early exit.
+    """
+    P, L, device = check_prompts(model, [prompt], new), len(model.blocks), model.wte.weight.device
+    if E not in model.classifiers.blocks or E == L or ahead < 1:
+        raise ValueError(f"cannot draft {ahead} tokens at exit {E}: the early exits are "
+                         f"{', '.join(map(str, model.classifiers.blocks[:-1])) or 'none'}")
+    rng, cache, ids = np.random.default_rng(seed), Cache(model, 1, P + new, source), [*prompt]
+    visits, start, drafted, kept = [], 0, 0, 0
+    while len(ids) < P + new and ids[P:][-1:] != [end]:
+        q, below, first = [], [], len(ids)
+        for i in range(min(ahead, P + new - first - 1) + 1):
+            t = cache.places.used[0]
+            unread = torch.tensor([ids[t:]], device=device)
+            found = read(model, unread, positions(unread) + t, cache, fixed_exit(E), route)
+            below.append(found.visited[..., :E])
+            if i < min(ahead, P + new - first - 1):
+                q.append(chances(found.logits[:, -1].cpu(), temperature, top))
+                ids.append(int(pick(q[-1], torch.from_numpy(rng.random(1)))))
+        logits, above = verify(model, cache, E, start, route)
+        p = chances(logits[first - 1 - start:].cpu(), temperature, top)         # of ids[first], ...
+        for i, u in enumerate(rng.random((len(q), 2))):
+            same, token = accept(p[i], q[i][0], ids[first + i], u)
+            drafted, kept = drafted + 1, kept + same
+            if not same or token == end:
+                ids[first + i:] = [token]
+                break
+        else:
+            ids.append(int(pick(p[-1:], torch.from_numpy(rng.random(1)))))
+        visits.append(torch.cat([torch.cat(below, 1), above], -1)[0, :len(ids) - 1 - start])
+        start = len(ids) - 1                                                    # the last one is unread
+        cache.drop(start)
+    visited = torch.cat(visits).cpu().numpy()
+    return Drafted(Generated(ids, P, np.full(len(visited), L), visited), drafted, kept)
 
 
 # ----------------------------------------------------------------------------- beam search

@@ -2,6 +2,7 @@
 
     python sample.py --run 3 --prompt "def main(" --tau 0.8
     echo "class Stack" | python sample.py --run last --prompt -
+    python sample.py --run 3 --speculate 2 --ahead 6        (as full depth would, faster)
     python sample.py --run 4 --prompt "A dog runs over the grass."      (a translator: one sentence a line)
 """
 import codecs
@@ -15,7 +16,7 @@ import numpy as np
 import run
 from data.common import EOT, UserError, command, load_tokenizer
 from data.parallel import sentence, source_ids
-from decode import generate, translate
+from decode import generate, longest, pad, speculate, translate
 
 SHADES = (153, 159, 158, 157, 193, 229, 223, 217, 210, 203)     # of the 256 terminal colours: shallow to deep
 
@@ -31,6 +32,8 @@ class Options(run.Halting):
     temperature: float = 0.8    # 0: always the most likely token
     top_k: int = 50             # choose among this many most likely tokens; 0: all
     seed: int = 0
+    speculate: int = 0          # draft with so many blocks, keep what full depth agrees with; 0: do not
+    ahead: int = 4              # with --speculate: tokens to draft at a time
     beam: int = 5               # translator: hypotheses; 1: greedy
     penalty: float = 1.0        # translator: hypotheses compare by log-probability / length^penalty
     color: Literal["auto", "always", "never"] = "auto"
@@ -82,7 +85,9 @@ def main(argv=None):
     else:
         run.refuse(options, ("beam", "penalty"), "this run is a GPT")
     encoding, L = load_tokenizer(folder / "tokenizer.json"), trained.model.n_layer
-    named = options.named(trained)
+    if options.speculate:
+        refuse_drafts(options, trained, model)
+    named = options.named(trained) if not options.speculate else "full"
     rule = run.rule_of(named, trained, model)
     text, color = options.prompt, use_color(options.color)
     if text is None:
@@ -98,6 +103,28 @@ def main(argv=None):
     keep(rows, lines, encoding, folder)
 
 
+def refuse_drafts(options, trained, model):
+    """UserError if --speculate cannot be what is wanted."""
+    run.refuse(options, ("rule", "tau", "exit"), "--speculate writes what full depth would")
+    early = model.classifiers.blocks[:-1]
+    if options.speculate not in early or options.ahead < 1:
+        raise UserError(f"--speculate {options.speculate} --ahead {options.ahead}: drafts at least one token "
+                        f"at an early exit of this run: {', '.join(map(str, early)) or 'it has none'}")
+    if trained.translate and options.beam > 1:
+        raise UserError("--speculate drafts one text, and a beam turns several: add --beam 1")
+
+
+def drafts(model, prompts, new, options, end, source=None):
+    """`speculate` for each prompt, `new` tokens each -> Generated, and a line about how it went."""
+    temperature = 0 if source else options.temperature
+    found = [speculate(model, prompt, new[b], options.speculate, options.ahead, temperature=temperature,
+                       top=options.top_k or None, seed=[options.seed, b], end=end,
+                       source=source and source.select([b], 1)) for b, prompt in enumerate(prompts)]
+    kept, drafted = sum(f.kept for f in found), sum(f.drafted for f in found)
+    print(f"drafted with {options.speculate} blocks: {drafted} tokens, {kept / max(1, drafted):.0%} accepted")
+    return [f.text for f in found]
+
+
 def continuations(model, encoding, text, rule, options):
     """Text -> `samples` Generated that begin with it."""
     prompt, room = encoding.encode_ordinary(text), model.config.block_size
@@ -109,7 +136,10 @@ def continuations(model, encoding, text, rule, options):
     new = min(options.tokens, room - len(prompt))
     if new < options.tokens:
         print(f"(room for {new} new tokens: the context is {room})", file=sys.stderr)
-    return generate(model, [prompt] * options.samples, new, rule, temperature=options.temperature,
+    prompts = [prompt] * options.samples
+    if options.speculate:
+        return drafts(model, prompts, [new] * len(prompts), options, encoding.eot_token)
+    return generate(model, prompts, new, rule, temperature=options.temperature,
                     top=options.top_k or None, seed=options.seed, end=encoding.eot_token)
 
 
@@ -117,6 +147,11 @@ def translations(model, encoding, text, rule, options):
     """Sentences, one a line -> (the sentences, their best Generated)."""
     lines = [line.strip() for line in text.strip().split("\n")]
     sources = source_ids(encoding, lines, model.config.block_size, "the prompt")
+    if options.speculate:
+        new = [longest(len(s), model.config.block_size) for s in sources]
+        source = model.encode(*pad(sources, model.wte.weight.device))
+        end = encoding.eot_token
+        return lines, drafts(model, [[end]] * len(lines), new, options, end, source)
     best = translate(model, sources, encoding.eot_token, rule, options.beam, options.penalty)
     return lines, [text for text, _ in best]
 

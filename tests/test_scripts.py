@@ -81,6 +81,19 @@ def test_rules_by_name(finished, capsys, tmp_path, words, said):
     assert said in capsys.readouterr().out
 
 
+def test_drafts_write_what_full_depth_writes(finished, capsys, tmp_path):
+    """An option that changes the text, or does nothing."""
+    folder, texts = shutil.copytree(finished, tmp_path / "copy"), []
+    for words in (["--rule", "full"], ["--speculate", "1"], ["--speculate", "3", "--ahead", "2"]):
+        sample.main(["--run", str(folder), "--tokens", "8", "--temperature", "0", *words])
+        said = capsys.readouterr().out
+        texts.append(np.load(folder / "sample.npz")["written"].tolist())
+        assert ("accepted" in said) == (words[0] == "--speculate") and "full: 8 tokens, exit after" in said
+    assert texts[0] == texts[1] == texts[2]
+    sample.main(["--run", str(folder), "--tokens", "6", "--samples", "2", "--speculate", "2"])
+    assert len(set(np.load(folder / "sample.npz")["row"])) == 2
+
+
 def test_colours_follow_the_depth(finished, capsys, tmp_path):
     """A colour that means nothing; text changed by painting it; line ends painted to the right margin."""
     folder = shutil.copytree(finished, tmp_path / "copy")
@@ -173,6 +186,9 @@ def test_bad_samples(finished, capsys, tmp_path):
     assert "at least" in no("--tokens", "0") and "at least" in no("--temperature", "-1")
     assert "at least" in no("--seed", "-1") and "at least" in no("--temperature", "nan")
     assert "Perhaps you meant" in no("--temprature", "1")
+    assert "early exit of this run: 1, 2, 3" in no("--speculate", "4")
+    assert "at least one token" in no("--speculate", "2", "--ahead", "0")
+    assert "--exit would do nothing: --speculate" in no("--speculate", "2", "--exit", "3")
     assert "has 001 to 001" in refused(capsys, sample.main, "--out", finished.parent, "--run", "7")
     assert "has none yet" in refused(capsys, sample.main, "--out", tmp_path / "nothing", "--run", "last")
     assert (finished / "sample.txt").read_bytes() == before
