@@ -1,9 +1,10 @@
-"""Speed, as ratios within one run: python bench.py [--parts train routed decode]. Keep the machine idle.
+"""Speed, as ratios within one run: python bench.py [--parts plain exits ...]. Keep the machine idle.
 
 Every pair is timed in turns (a, b, a, b, ...), so that a slow moment of the machine hits both; shown are the
 median and the middle half of the repeats. "share of the ideal" is the ratio that counting operations promises
 over the ratio that was measured: 1 is all of it.
 """
+import itertools
 import json
 import platform
 import time
@@ -16,11 +17,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import cost
 import decode
 import run
 from cost import block_flops, router_flops
+from data.batches import Batch
 from data.common import command
-from exits import full_depth, loss_and_gradient
+from exits import chosen, fixed_exit, full_depth, loss_and_gradient
 from model import GPT, Block, GPTConfig, Now, Tokens, positions
 from routing import Routed, causal, kept, top_k
 
@@ -28,11 +31,12 @@ from routing import Routed, causal, kept, top_k
 @dataclass
 class Options:
     """Measure ratios of speed."""
-    parts: tuple[Literal["train", "routed", "decode"], ...] = ("train", "routed", "decode")
-    n_layer: int = 6
+    parts: tuple[Literal["train", "routed", "plain", "exits", "mod"], ...] = (
+        "train", "routed", "plain", "exits", "mod")
+    n_layer: int = 12
     n_head: int = 6
     n_embd: int = 384
-    vocab: int = 2048
+    vocab: int = 8192
     batch: int = 4
     block_size: int = 1024      # tokens of a sequence; `train` uses a quarter
     repeats: int = 15
@@ -160,31 +164,119 @@ def routed_part(o, device):
                   flops, times, c, "dense")
 
 
+# ----------------------------------------------------------------------------- decoding
+
+
+def reader(model, B, prefix, rule, more=1):
+    """-> a function that reads `more` tokens, one by one, of B texts of `prefix` random tokens before."""
+    ids = torch.randint(0, model.vocab_size, (B, model.config.block_size), device=model.wte.weight.device)
+    past, pos, t = decode.Cache(model, *ids.shape), positions(ids), itertools.count(prefix)
+    decode.read(model, ids[:, :prefix], pos[:, :prefix], past, rule, causal)
+
+    def go_on():
+        for n in itertools.islice(t, more):
+            decode.read(model, ids[:, n:n + 1], pos[:, n:n + 1], past, rule, causal)
+    return go_on
+
+
+def theirs(o, device, B, prefix):
+    """The same for a GPT-2 of Hugging Face with its cache; None without their library."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        return None
+    config = GPT2Config(vocab_size=o.vocab, n_positions=o.block_size, n_embd=o.n_embd, n_layer=o.n_layer,
+                        n_head=o.n_head)
+    model = GPT2LMHeadModel(config).to(device).eval()
+    ids = torch.randint(0, o.vocab, (B, prefix), device=device)
+    state = {"past_key_values": model(ids, use_cache=True).past_key_values}
+
+    def one():
+        state.update(past_key_values=model(ids[:, :1], use_cache=True, **state).past_key_values)
+    return one
+
+
+def gpt(o, device, **options):
+    sizes = {"n_layer": o.n_layer, "n_head": o.n_head, "n_embd": o.n_embd, "block_size": o.block_size}
+    return GPT(GPTConfig(**sizes | {"routed": "none"} | options), o.vocab).to(device).eval()
+
+
+def last_token(model, exit_at, prefix, decides=""):
+    """Cost of the token after `prefix` others that all leave at exit_at, as it does: (FLOPs, bytes)."""
+    config, costs = model.config, []
+    for T in (prefix, prefix + 1):
+        depth = np.full(T, exit_at)
+        visited = np.arange(config.n_layer) < depth[:, None]
+        costs.append(cost.decoding(config, model.vocab_size, visited, depth, decides, copies="needed"))
+    return costs[1].flops - costs[0].flops, costs[1].bytes - costs[0].bytes
+
+
 @torch.no_grad()
-def decode_part(o, device):
-    """One more token at full depth after several prefixes: with the cache over reading all again."""
-    T = o.block_size
-    ids = torch.randint(0, o.vocab, (1, T), device=device)
-    pos = positions(ids)
-    for routed in ("none", "odd"):
-        config = GPTConfig(n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd, block_size=T, routed=routed)
-        model = GPT(config, o.vocab).to(device).eval()
-        for prefix in (p for p in (32, 128, 512, T - o.repeats - 2) if p + o.repeats + 2 <= T):
-            past = decode.empty_cache(model, 1, T)
-            decode.read(model, ids[:, :prefix], pos[:, :prefix], past, full_depth, causal)
-            places = iter(range(prefix, T))
+def plain_part(o, device):
+    """One more token at full depth: against reading every weight once, and against Hugging Face's GPT-2."""
+    model = gpt(o, device)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    size = sum(p.numel() * p.element_size() for p in matrices)
+    for B, prefix in ((1, 64), (1, 512), (16, 64)):
+        works = {"weights": lambda: [p.sum() for p in matrices], "ours": reader(model, B, prefix, full_depth)}
+        works["theirs"] = theirs(o, device, B, prefix)
+        times = in_turns({k: w for k, w in works.items() if w}, o.repeats, device)
+        if B == 1:
+            yield row(f"next token, prefix {prefix}: over reading all weights once ({size / 1e6:.0f} MB)",
+                      1.0, times, "ours", "weights")
+        if works["theirs"]:
+            yield row(f"next token, {B} rows, prefix {prefix}: over Hugging Face's GPT-2", None, times,
+                      "ours", "theirs")
 
-            def cached(model=model, past=past, places=places):
-                t = next(places)
-                decode.read(model, ids[:, t:t + 1], pos[:, t:t + 1], past, full_depth, causal)
 
-            def again(model=model, end=prefix + 1):
-                decode.read(model, ids[:, :end], pos[:, :end], None, full_depth, causal)
+@torch.no_grad()
+def exits_part(o, device):
+    """Early exits, all at one block, against a model that has no more blocks, and against full depth; then of
+    many rows at once, spread evenly over the blocks."""
+    model, prefix = gpt(o, device), 128
+    for e in sorted({o.n_layer // 6, o.n_layer // 3, o.n_layer // 2} - {0}):
+        small = gpt(o, device, n_layer=e)
+        small.load_state_dict(model.state_dict(), strict=False)
+        times = in_turns({"exit": reader(model, 1, prefix, fixed_exit(e)),
+                          "small": reader(small, 1, prefix, full_depth),
+                          "full": reader(model, 1, prefix, full_depth)}, o.repeats, device)
+        yield row(f"all exit at {e}: over a model of {e} blocks", 1.0, times, "exit", "small")
+        ideal = last_token(model, e, prefix)[1] / last_token(model, o.n_layer, prefix)[1]
+        yield row(f"all exit at {e}: over full depth, ideal by bytes", ideal, times, "exit", "full")
+    B = 16
+    for prefix in (64, 256):
+        spread = chosen(torch.randint(1, o.n_layer + 1, (B, o.block_size), device=device))
+        times = in_turns({"spread": reader(model, B, prefix, spread),
+                          "nobody": reader(model, B, prefix, fixed_exit(o.n_layer)),
+                          "full": reader(model, B, prefix, full_depth)}, o.repeats, device)
+        yield row(f"{B} rows, prefix {prefix}, exits spread evenly: over full depth, ideal by FLOPs",
+                  (o.n_layer + 1) / 2 / o.n_layer, times, "spread", "full")
+        yield row(f"{B} rows, prefix {prefix}, a rule but nobody exits: over full depth", 1.0, times,
+                  "nobody", "full")
 
-            times = in_turns({"cached": cached, "again": again}, o.repeats, device)
-            kind = "dense" if routed == "none" else "MoD every other block"
-            yield row(f"next token, {kind}, prefix {prefix}: cache / reading all again", None,
-                      times, "cached", "again")
+
+@torch.no_grad()
+def mod_part(o, device):
+    """Mixture-of-Depths in every other block, the predictor's threshold set so that capacity is kept."""
+    dense, prefix = gpt(o, device), 256
+    for capacity in (0.125, 0.5):
+        model = gpt(o, device, routed="odd", capacity=capacity)
+        ids = torch.randint(0, o.vocab, (4, prefix), device=device)
+        for n, (_, visit) in enumerate(model.states(Batch(ids, ids, positions(ids)))):
+            if visit.guess is not None:
+                model.blocks[n].predictor[-1].bias -= visit.guess.quantile(1 - capacity)
+        found = decode.read(model, ids[:1], positions(ids[:1]), None, full_depth, causal)
+        ran, exit_at = found.visited[0].cpu().numpy(), found.exit_at[0].cpu().numpy()
+        size = [cost.decoding(m.config, o.vocab, visited, exit_at).bytes
+                for m, visited in ((model, ran), (dense, np.ones_like(ran)))]
+        times = in_turns({"mod": reader(model, 1, prefix // 2, full_depth, more=16),
+                          "dense": reader(dense, 1, prefix // 2, full_depth, more=16)}, o.repeats, device)
+        yield row(f"next 16, {capacity:.1%} of every other block: over dense, by bytes",
+                  size[0] / size[1], times, "mod", "dense")
+
+
+PARTS = {"train": train_part, "routed": routed_part, "plain": plain_part, "exits": exits_part,
+         "mod": mod_part}
 
 
 @command
@@ -198,7 +290,7 @@ def main(argv=None):
     print(f"| {'what':86} | FLOPs | time (middle half) | share of the ideal | ms |\n|---|---|---|---|---|")
     rows = []
     for part in o.parts:
-        for found in {"train": train_part, "routed": routed_part, "decode": decode_part}[part](o, device):
+        for found in PARTS[part](o, device):
             rows.append(found)
             (low, mid, high), ideal = found["time"], found["flops"]
             counted, share = (f"{ideal:.3f}", f"{ideal / mid:.2f}") if ideal else ("", "")
