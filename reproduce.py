@@ -159,10 +159,12 @@ ARMS = {        # name -> words for train.py [MoD 3.2, 4.1]; half: without the b
     "mod-every": ["--routed", "all"],
     "random": ["--router", "random"]}
 SIZES = {       # scale -> budget in FLOPs, vocabulary, block_size, tokens a step, (blocks, heads, width)
-    "cpu": (3e13, 1024, 256, 4096, ((4, 2, 64), (4, 3, 96), (6, 4, 128), (8, 5, 160), (10, 6, 192))),
-    "gpu": (1e16, 1024, 1024, 65536, ((6, 4, 256), (8, 6, 384), (10, 8, 512), (12, 10, 640), (14, 12, 768))),
-    "paper": (6e18, 32768, 2048, 262144, ((8, 6, 384), (10, 8, 512), (12, 12, 768), (16, 16, 1024),
-                                          (20, 20, 1280)))}
+    "cpu": (3e13, 1024, 256, 4096,
+            ((4, 1, 32), (4, 2, 64), (4, 3, 96), (6, 4, 128), (8, 5, 160), (10, 6, 192))),
+    "gpu": (1e16, 1024, 1024, 65536,
+            ((4, 3, 192), (6, 4, 256), (8, 6, 384), (10, 8, 512), (12, 10, 640), (14, 12, 768))),
+    "paper": (6e18, 32768, 2048, 262144,
+              ((6, 4, 256), (8, 6, 384), (10, 8, 512), (12, 12, 768), (16, 16, 1024), (20, 20, 1280)))}
 
 
 def isoflop_data(scale):
@@ -173,12 +175,12 @@ def isoflop_data(scale):
 
 
 def isoflop_points(scale, found):
-    """Every arm in every size trains for the same FLOPs, so as many steps as those pay for. One rule for the
-    learning rate, 0.3 / width, tuned for no arm. Two more seeds for the best size of each arm."""
+    """Every arm in sizes around its best, each for equal FLOPs, as many steps as those pay for. One
+    learning rate for all, 0.3 / width, tuned for no arm. Two more seeds for the best size of each arm."""
     budget, vocab, T, tokens, sizes = SIZES[scale]
     points, best = [], {}
     for arm, words in ARMS.items():
-        for L, heads, C in sizes[1:] if arm == "mod-every" else sizes[:-1]:     # its best is further right
+        for L, heads, C in {"dense": sizes[:-1], "mod-every": sizes[2:]}.get(arm, sizes[1:-1]):
             name = f"{arm}-{L}x{C}"
             train = f"--data {isoflop_data(scale)[0]} --exits last --n_layer {L} --n_head {heads} --n_embd " \
                 f"{C} --block_size {T} --batch {tokens // T} --lr {0.3 / C:.6f}".split()
