@@ -32,6 +32,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 import cost
 import run
@@ -268,6 +269,9 @@ def isoflop_figure(found):
             N = np.geomspace(line[0]["parameters"], line[-1]["parameters"], 50)
             axes[0].plot(N, np.polyval(fit, np.log(N)), "-", color=color, label=arm)
     axes[0].set(xscale="log", xlabel="parameters", ylabel="held-out loss (nats; MoD: causal routing)")
+    axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes[0].xaxis.set_minor_formatter(NullFormatter())
     axes[1].set(xlabel="FLOPs of a forward pass / best dense model's")
     axes[2].set(xlabel="measured training step / best dense model's")
     axes[1].legend(frameon=False)
