@@ -150,6 +150,9 @@ def test_chance_is_even_and_belongs_to_the_place():
     whole = decode.read(model, ids, positions(ids), None, exits.full_depth, causal)
     same(whole, by_steps(model, ids, exits.full_depth)[0])
     assert whole.visited.any() and not whole.visited.all()
+    first_leaves = torch.tensor([1, 4, 4]).unsqueeze(1).expand(3, 16)       # chance stays with the row
+    other = decode.read(model, ids, positions(ids), None, exits.chosen(first_leaves), causal)
+    assert torch.equal(other.visited[1:], whole.visited[1:]) and not other.visited[0, :, 1:].any()
 
 
 @pytest.mark.parametrize("gate", ["raw", "one"])

@@ -240,6 +240,18 @@ def test_gradient_scaling_has_the_stated_factors(gamma):
         close(ours[n - 1], expected)
 
 
+@pytest.mark.parametrize("exit_at", [(1, 3, 2), (2, 1, 4), (4, 4, 1)])
+def test_rows_keep_their_own_exit_when_others_drop_out(exit_at, monkeypatch):
+    """One exit for each source, looked up by the place among the rows that still run."""
+    model, ids = model_with("sequence"), texts()
+    wish = torch.nn.functional.one_hot(torch.tensor(exit_at) - 1, N).double()
+    monkeypatch.setattr(type(model.halting), "of_source", lambda self, source: wish)
+    rule, source = exits.learned(model.halting), model.encode(texts(5, T=7))
+    whole = decode.read(model, ids, positions(ids), decode.Cache(model, *ids.shape, source), rule, causal)
+    assert torch.equal(whole.exit_at, torch.tensor(exit_at).unsqueeze(1).expand(3, 16))
+    same(whole, by_steps(model, ids, rule, source=source)[0])
+
+
 def test_scaling_a_gradient_changes_no_value():
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
     y = exits.scale_gradient(x, 0.25)
