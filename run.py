@@ -401,7 +401,7 @@ def new_folder(out):
 
 def find(run, out="runs"):
     """A run's folder, its number, or "last" -> Path. Raises UserError naming those that exist."""
-    out = Path(out)
+    out, run = Path(out), str(run)
     numbered = [p.parent for p in out.glob("*/options.json") if re.fullmatch(r"\d+", p.parent.name)]
     numbered.sort(key=lambda p: int(p.name))
     if run == "last" and numbered:
