@@ -20,7 +20,6 @@ import torch.nn.functional as F
 import cost
 import decode
 import run
-from cost import block_flops, router_flops
 from data.batches import Batch
 from data.common import command
 from exits import chosen, fixed_exit, full_depth, loss_and_gradient
@@ -158,8 +157,8 @@ def routed_part(o, device):
     times = in_turns({name: (lambda b=b: work(b)) for name, b in blocks.items()}, o.repeats, device)
     for c in capacities:
         k = kept(c, T)      # no saving is counted for the causal half
-        flops = k * block_flops(C, 4 * C, k) + T * router_flops(GPTConfig(n_embd=C))
-        flops /= T * block_flops(C, 4 * C, T)
+        flops = k * cost.block_flops(C, 4 * C, k) + T * cost.router_flops(GPTConfig(n_embd=C))
+        flops /= T * cost.block_flops(C, 4 * C, T)
         yield row(f"routed block, capacity {c:g}, {T} tokens, width {C}: routed / dense",
                   flops, times, c, "dense")
 
@@ -201,14 +200,14 @@ def gpt(o, device, **options):
     return GPT(GPTConfig(**sizes | {"routed": "none"} | options), o.vocab).to(device).eval()
 
 
-def last_token(model, exit_at, prefix, decides=""):
-    """Cost of the token after `prefix` others that all leave at exit_at, as it does: (FLOPs, bytes)."""
-    config, costs = model.config, []
+def last_token(model, exit_at, prefix):
+    """Bytes that the token after `prefix` others moves, if all leave at exit_at."""
+    config, size = model.config, []
     for T in (prefix, prefix + 1):
         depth = np.full(T, exit_at)
         visited = np.arange(config.n_layer) < depth[:, None]
-        costs.append(cost.decoding(config, model.vocab_size, visited, depth, decides, copies="needed"))
-    return costs[1].flops - costs[0].flops, costs[1].bytes - costs[0].bytes
+        size.append(cost.decoding(config, model.vocab_size, visited, depth, copies="needed").bytes)
+    return size[1] - size[0]
 
 
 @torch.no_grad()
@@ -241,7 +240,7 @@ def exits_part(o, device):
                           "small": reader(small, 1, prefix, full_depth),
                           "full": reader(model, 1, prefix, full_depth)}, o.repeats, device)
         yield row(f"all exit at {e}: over a model of {e} blocks", 1.0, times, "exit", "small")
-        ideal = last_token(model, e, prefix)[1] / last_token(model, o.n_layer, prefix)[1]
+        ideal = last_token(model, e, prefix) / last_token(model, o.n_layer, prefix)
         yield row(f"all exit at {e}: over full depth, ideal by bytes", ideal, times, "exit", "full")
     B = 16
     for prefix in (64, 256):

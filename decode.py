@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from exits import Seen, fixed_exit, full_depth, nats
 from model import Tokens, positions
-from routing import FAR, ROUTES, causal, confusion
+from routing import FAR, ROUTES, causal, confusion, numbered
 
 
 class Slots(NamedTuple):
@@ -47,11 +47,6 @@ class Places:
         slot = torch.where(here, first + here.cumsum(1) - 1, self.pos.size(1) - 1)
         self.pos[numbered(rows, pos), slot] = pos
         return Slots(slot, rows, None)
-
-
-def numbered(rows, places):
-    """Row numbers (n,1) to go with places (n,T)."""
-    return (torch.arange(len(places), device=places.device) if rows is None else rows).unsqueeze(1)
 
 
 class KV:
@@ -423,6 +418,14 @@ def accept(p, q, drafted, u):
     return False, int(pick((p - q).clamp(min=0)[None], torch.tensor(u[1:])))
 
 
+def check_drafts(model, E, ahead):
+    """Raise ValueError if no tokens can be drafted at exit E."""
+    early = model.classifiers.blocks[:-1]
+    if E not in early or ahead < 1:
+        raise ValueError(f"cannot draft {ahead} tokens at exit {E}: at least one token, at an early exit of "
+                         f"this run: {', '.join(map(str, early)) or 'it has none'}")
+
+
 class Drafted(NamedTuple):
     """What `speculate` did."""
     text: Generated
@@ -440,20 +443,19 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
 
     Raises ValueError for a prompt as in `generate`, or if block E is not an early exit.
     """
+    check_drafts(model, E, ahead)
     P, L, device = check_prompts(model, [prompt], new), len(model.blocks), model.wte.weight.device
-    if E not in model.classifiers.blocks or E == L or ahead < 1:
-        raise ValueError(f"cannot draft {ahead} tokens at exit {E}: the early exits are "
-                         f"{', '.join(map(str, model.classifiers.blocks[:-1])) or 'none'}")
     rng, cache, ids = np.random.default_rng(seed), Cache(model, 1, P + new, source), [*prompt]
     visits, start, drafted, kept = [], 0, 0, 0
     while len(ids) < P + new and ids[P:][-1:] != [end]:
         q, below, first = [], [], len(ids)
-        for i in range(min(ahead, P + new - first - 1) + 1):
+        room = min(ahead, P + new - first - 1)
+        for i in range(room + 1):
             t = cache.places.used[0]
             unread = torch.tensor([ids[t:]], device=device)
             found = read(model, unread, positions(unread) + t, cache, fixed_exit(E), route)
             below.append(found.visited[..., :E])
-            if i < min(ahead, P + new - first - 1):
+            if i < room:
                 q.append(chances(found.logits[:, -1].cpu(), temperature, top))
                 ids.append(int(pick(q[-1], torch.from_numpy(rng.random(1)))))
         logits, above = verify(model, cache, E, start, route)

@@ -238,6 +238,10 @@ class Seen(NamedTuple):
     source: object = None               # of a Seq2Seq
     rows: torch.Tensor | None = None    # (B,) their numbers in a call of more rows; None: 0..B-1
 
+    def own(self, exit_at):
+        """exit_at (B,...) of all rows of the call -> of those that are here."""
+        return exit_at if self.rows is None else exit_at[self.rows]
+
 
 def full_depth(seen):
     """Nobody leaves early."""
@@ -251,10 +255,7 @@ def fixed_exit(e):
 
 def chosen(exit_at):
     """Everybody leaves where exit_at (B,T) says, by row and position: an oracle's choice, or anybody's."""
-    def rule(seen):
-        mine = exit_at if seen.rows is None else exit_at[seen.rows]
-        return mine.gather(1, seen.pos.clamp(max=exit_at.size(1) - 1)) <= seen.n
-    return rule
+    return lambda seen: seen.own(exit_at).gather(1, seen.pos.clamp(max=exit_at.size(1) - 1)) <= seen.n
 
 
 def random_exit(N, seed=0):
@@ -279,8 +280,7 @@ def learned(halting, threshold=0.5):
     def rule(seen):
         if halting.kind == "sequence":
             exit_at = halting.of_source(seen.source).argmax(-1) + 1
-            exit_at = exit_at.repeat_interleave(seen.source.g).unsqueeze(1)
-            exit_at = exit_at if seen.rows is None else exit_at[seen.rows]
+            exit_at = seen.own(exit_at.repeat_interleave(seen.source.g)).unsqueeze(1)
         elif halting.kind == "token":
             exit_at = halting.of_first(seen.states[0]).argmax(-1) + 1
         else:

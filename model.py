@@ -93,7 +93,7 @@ class Tokens:
         """Tokens at pos (n,k) of these rows (n,) only, None: of all."""
         return Tokens(pos, rows=self.rows if rows is None else rows if self.rows is None else self.rows[rows])
 
-    def rotations(self, rope):
+    def turned(self, rope):
         """The rows of rope (block_size, 3, 1, hs/2, 2) for these positions, as complex numbers."""
         if self.turns is None:
             self.turns = torch.view_as_complex(rope[self.pos.clamp(max=len(rope) - 1)])
@@ -161,7 +161,7 @@ def rotate(x, by):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that reads its weights fast for a single token."""
+    """nn.Linear that reads its weights fast for a few tokens."""
 
     def forward(self, x):
         return linear(x, self.weight, self.bias)
@@ -180,7 +180,7 @@ class Attention(nn.Module):
     def heads(self, x, at):
         """Queries, keys and values, or the latter two, side by side in x (B,T,n C) -> (n,B,nh,T,hs)."""
         x = x.view(*x.shape[:2], -1, self.n_head, 2 * self.rope.size(-2))               # (B,T,n,nh,hs)
-        return rotate(x, at.rotations(self.rope)[:, :, -x.size(2):]).permute(2, 0, 3, 1, 4)
+        return rotate(x, at.turned(self.rope)[:, :, -x.size(2):]).permute(2, 0, 3, 1, 4)
 
     def keys_values(self, x, at):
         """x (B,T,C) -> (2,B,nh,T,hs)."""

@@ -33,11 +33,15 @@ class Visit(NamedTuple):
     choice: tuple | None = None    # experts.Choice of the tokens that ran, if there are experts
 
 
+def numbered(rows, grid):
+    """Row numbers (B,1) to go with grid (B,T); rows (B,) or None: 0..B-1."""
+    return (torch.arange(len(grid), device=grid.device) if rows is None else rows).unsqueeze(1)
+
+
 def mixed_bits(pos, seed, rows=None):
     """pos (B,T) of these rows (B,), None: 0..B-1 -> (B,T) integers in 0..2^32 - 1: chance as a function of
     (seed, row, position)."""
-    row = (torch.arange(len(pos), device=pos.device) if rows is None else rows).unsqueeze(1)
-    x = (pos * 73_856_093 + row * 19_349_663 + seed * 83_492_791) & 0xFFFFFFFF
+    x = (pos * 73_856_093 + numbered(rows, pos) * 19_349_663 + seed * 83_492_791) & 0xFFFFFFFF
     for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B), (16, 1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x

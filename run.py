@@ -358,8 +358,9 @@ def keep_memory():
     """Let glibc keep freed memory for the next tensors, as CUDA's allocator does: large ones came from fresh
     pages every time, and touching those takes a tenth to a fifth of a training step. Nothing elsewhere."""
     with contextlib.suppress(AttributeError, OSError):
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):         # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL("libc.so.6").mallopt(parameter, value)
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)                  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)          # M_TRIM_THRESHOLD
 
 
 def autocast(device, dtype):

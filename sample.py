@@ -16,7 +16,7 @@ import numpy as np
 import run
 from data.common import EOT, UserError, command, load_tokenizer
 from data.parallel import sentence, source_ids
-from decode import generate, longest, pad, speculate, translate
+from decode import check_drafts, generate, longest, pad, speculate, translate
 
 SHADES = (153, 159, 158, 157, 193, 229, 223, 217, 210, 203)     # of the 256 terminal colours: shallow to deep
 
@@ -106,10 +106,10 @@ def main(argv=None):
 def refuse_drafts(options, trained, model):
     """UserError if --speculate cannot be what is wanted."""
     run.refuse(options, ("rule", "tau", "exit"), "--speculate writes what full depth would")
-    early = model.classifiers.blocks[:-1]
-    if options.speculate not in early or options.ahead < 1:
-        raise UserError(f"--speculate {options.speculate} --ahead {options.ahead}: drafts at least one token "
-                        f"at an early exit of this run: {', '.join(map(str, early)) or 'it has none'}")
+    try:
+        check_drafts(model, options.speculate, options.ahead)
+    except ValueError as e:
+        raise UserError(f"--speculate {options.speculate} --ahead {options.ahead}: {e}") from None
     if trained.translate and options.beam > 1:
         raise UserError("--speculate drafts one text, and a beam turns several: add --beam 1")
 
