@@ -35,15 +35,15 @@ class Places:
 
     def enter(self, pos, rows=None):
         """Give tokens at pos (n,T), of these rows (n,) or of all, the next slots of their rows -> Slots."""
-        numbers, here = range(len(pos)) if rows is None else rows.tolist(), pos < FAR
-        used, more = [self.used[b] for b in numbers], here.sum(1).tolist()
+        numbers = range(len(pos)) if rows is None else rows.tolist()
+        used, more = [self.used[b] for b in numbers], [sum(p < FAR for p in row) for row in pos.tolist()]
         for b, u, m in zip(numbers, used, more, strict=True):
             self.used[b] = u + m
         if rows is None and min(used) == max(used) and min(more) == pos.size(1):
             start, end = used[0], used[0] + pos.size(1)
             self.pos[:, start:end] = pos
             return Slots(torch.arange(start, end, device=pos.device).expand_as(pos), None, start)
-        first = torch.tensor(used, device=pos.device).unsqueeze(1)
+        here, first = pos < FAR, torch.tensor(used, device=pos.device).unsqueeze(1)
         slot = torch.where(here, first + here.cumsum(1) - 1, self.pos.size(1) - 1)
         self.pos[numbered(rows, pos), slot] = pos
         return Slots(slot, rows, None)
@@ -88,23 +88,23 @@ class KV:
         places, T, pos = self.places or self.cache.places, q.size(2), at.pos
         here = self.cache.here if self.places is None else places.enter(pos, at.rows)
         if here.start is not None:
-            M = here.start + T
             self.kv.narrow(3, here.start, T).copy_(kv)
-            k, v = self.kv.narrow(3, 0, M).to(q.dtype).unbind()                             # (n,nh,M,hs)
-            seen = None if T == 1 else places.pos[:, None, None, :M] <= pos[:, None, :, None]
-            return F.scaled_dot_product_attention(q, k, v, seen)
-        rows = numbered(here.rows, pos)
-        self.kv[:, rows, :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)        # (n,T,2,nh,hs)
-        rows = rows[:, 0]
-        used = [places.used[b] for b in rows.tolist()]
-        if T == 1 and q.device.type == "cpu":           # each row's cache where it lies: gathering costs more
-            return torch.cat([F.scaled_dot_product_attention(
-                q[i:i + 1], *self.kv[:, b:b + 1, :, :M].to(q.dtype).unbind())
-                for i, (b, M) in enumerate(zip(rows.tolist(), used, strict=True))])
-        M = max(used)
-        k, v = self.kv[:, rows, :, :M].to(q.dtype).unbind()                                 # (n,nh,M,hs)
-        seen = places.pos[rows, None, None, :M] <= pos[:, None, :, None]                    # (n,1,T,M)
-        return F.scaled_dot_product_attention(q, k, v, seen)
+        else:
+            rows = numbered(here.rows, pos)
+            self.kv[:, rows, :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)    # (n,T,2,nh,hs)
+        numbers = range(len(pos)) if here.rows is None else here.rows.tolist()
+        used = [places.used[b] for b in numbers]
+        if T == 1 and here.rows is not None and pos.device.type == "cpu":
+            rows = [self.kv.narrow(1, b, 1).narrow(3, 0, M) for b, M in zip(numbers, used, strict=True)]
+            return torch.cat([F.scaled_dot_product_attention(one, *row.to(q.dtype).unbind())
+                              for one, row in zip(q.split(1), rows, strict=True)])  # gathering costs more
+        M, seen = max(used), None
+        past, there = self.kv.narrow(3, 0, M), places.pos[:, :M]
+        if here.rows is not None:
+            past, there = past[:, here.rows], there[here.rows]
+        if T > 1 or min(used) < M:
+            seen = there[:, None, None] <= pos[:, None, :, None]                            # (n,1,T,M)
+        return F.scaled_dot_product_attention(q, *past.to(q.dtype).unbind(), seen)
 
 
 class Cache:
@@ -128,7 +128,11 @@ class Cache:
 
     def leave(self, x):
         """Keep the states (n,T,C) of the rows that run, in case that a later token goes deeper."""
-        self.states[numbered(self.here.rows, self.here.slot), self.here.slot] = x
+        slot, rows, start = self.here
+        if start is not None:
+            self.states[:, start:start + x.size(1)] = x
+        else:
+            self.states[numbered(rows, slot), slot] = x
 
     def keep(self, rows):
         """Only these rows (n,) go on in this call."""
@@ -177,10 +181,8 @@ class Call:
     def __init__(self, model, x, pos, cache, missing="copy"):
         self.model, self.cache, self.missing, self.pos, self.L = model, cache, missing, pos, len(model.blocks)
         self.x, self.first, self.at, self.inside = x, x, Tokens(pos), pos < FAR
-        self.changed, self.left, self.made = cache.here.start is None, [], []
-        self.exit_at = torch.full_like(pos, self.L)
-        self.ran, self.worked = torch.ones(2, *pos.shape, self.L, dtype=torch.bool, device=pos.device)
-        self.score = torch.full(self.ran.shape, torch.nan, device=pos.device)
+        self.changed = cache.here.start is None
+        self.visits, self.left = [], []         # (n, rows, Visit) of blocks that chose; who left where
 
     @property
     def rows(self):
@@ -189,12 +191,15 @@ class Call:
     def anyone(self):
         """Let the rows drop out in which nobody is inside. -> is there any other?"""
         if self.changed:
-            stay = self.inside.any(1).nonzero()[:, 0]
-            if 0 < len(stay) < len(self.inside):
-                self.x, self.first, self.inside = self.x[stay], self.first[stay], self.inside[stay]
-                self.at = self.at.among(stay, self.at.pos[stay])
+            rows = self.inside.tolist()
+            stay = [i for i, row in enumerate(rows) if any(row)]
+            if 0 < len(stay) < len(rows):
+                only = torch.tensor(stay, device=self.x.device)
+                self.x, self.first, self.inside = (t.index_select(0, only)
+                                                   for t in (self.x, self.first, self.inside))
+                self.at = self.at.among(only, self.at.pos[only])
                 self.cache.keep(self.at.rows)
-            self.at.live, self.changed = None if self.inside.all() else self.inside, False
+            self.at.live, self.changed = None if all(all(rows[i]) for i in stay) else self.inside, False
             return len(stay) > 0
         return True
 
@@ -204,11 +209,8 @@ class Call:
         past.fill(block)
         self.x, visit = block(self.x, self.at, past, route)
         self.first = self.x if n == 1 else self.first
-        if visit.score is not None:
-            self.score[self.rows, :, n - 1] = visit.score.to(self.score.dtype)
-            self.ran[self.rows, :, n - 1] = visit.ran
-        if visit.choice is not None:
-            self.worked[self.rows, :, n - 1] = visit.choice.expert >= 0
+        if visit.score is not None or visit.choice is not None:
+            self.visits.append((n, self.rows, visit))
 
     def leave(self, n, rule):
         """Those leave after block n that rule wants to, all after the last."""
@@ -221,36 +223,46 @@ class Call:
             if self.missing == "copy":
                 self.cache.leave(self.x)
                 self.changed = True
-        row, t = who.nonzero().unbind(1)
-        where = row if self.at.rows is None else self.at.rows[row], t
-        if looked.cache_info().currsize:
-            self.made.append((looked()[who], where))
-        else:
-            self.left.append(((n, self.x[who]), where))
-        self.exit_at[self.rows] = torch.where(who, n, self.exit_at[self.rows])
-        self.inside = self.inside & ~who
+            self.inside = self.inside ^ who
+        self.left.append((n, self.x, looked, who, self.at.rows))
+
+    def emitted(self):
+        """-> exit_at (B,T), logits (B,T,V): L and 0 for tokens that are not there. Classifiers that no rule
+        has asked are one product."""
+        (n, _, looked, who, rows), *others = self.left
+        if not others and rows is None and who.all():
+            return torch.full_like(self.pos, n), looked()
+        exit_at, where, seen, unseen = [], [], [], []
+        for n, x, looked, who, rows in sorted(self.left, key=lambda left: left[2].cache_info().currsize == 0):
+            row, t = who.nonzero().unbind(1)
+            where.append(((row if rows is None else rows[row]), t))
+            exit_at += [n] * len(t)
+            if looked.cache_info().currsize:
+                seen.append(looked()[who])
+            else:
+                unseen.append((n, x[who]))
+        where = tuple(map(torch.cat, zip(*where, strict=True)))
+        made = torch.cat([*seen, *([self.model.classifiers.several(unseen)] if unseen else [])])
+        logits = made.new_zeros(*self.pos.shape, made.size(-1)).index_put_(where, made)
+        found = torch.full_like(self.pos, self.L)
+        return found.index_put_(where, torch.tensor(exit_at, device=found.device)), logits
 
     def found(self):
         """-> Read, when nobody is inside any more."""
-        (B, T), V = self.pos.shape, self.model.vocab_size
-        together = len(self.left) + len(self.made) == 1     # all left after the same block
-        if self.left:                                       # no rule looked at their logits: one product
-            left, where = zip(*self.left, strict=True)
-            where = tuple(map(torch.cat, zip(*where, strict=True)))
-            self.made.append((self.model.classifiers.several(left), where))
-        logits = self.made[0][0]
-        if together and len(logits) == B * T:
-            logits = logits.view(B, T, V)
-        else:
-            logits = logits.new_zeros(B, T, V)
-            for made, where in self.made:
-                logits[where] = made
-        depth = torch.arange(self.L, device=self.pos.device)
-        visited = self.ran & (self.pos < FAR).unsqueeze(-1) & (self.exit_at.unsqueeze(-1) > depth)
-        return Read(logits, self.exit_at, visited, self.score, visited & self.worked)
+        depth, here = torch.arange(self.L, device=self.pos.device), (self.pos < FAR).unsqueeze(-1)
+        exit_at, logits = self.emitted()
+        visited = here & (exit_at.unsqueeze(-1) > depth)
+        worked, score = torch.ones_like(visited), torch.full(visited.shape, torch.nan, device=depth.device)
+        for n, rows, visit in self.visits:
+            if visit.score is not None:
+                score[rows, :, n - 1] = visit.score.to(score.dtype)
+                visited[rows, :, n - 1] &= visit.ran
+            if visit.choice is not None:
+                worked[rows, :, n - 1] = visit.choice.expert >= 0
+        return Read(logits, exit_at, visited, score, visited & worked)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def read(model, ids, pos, cache, rule, route, missing="copy"):
     """The one pass behind scoring (cache=None: of its own), prompts and decoding: ids, pos (B,T) -> Read.
 
@@ -433,7 +445,7 @@ class Drafted(NamedTuple):
     kept: int                   # of those
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=None, seed=0, end=None,
               source=None):
     """Continue one prompt as full depth would, in distribution (at temperature 0 token by token), but faster:
@@ -508,7 +520,7 @@ class Hypothesis(NamedTuple):
     read: int                   # the last read, in the Reads of its prompt
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=None, source=None,
                 missing="copy"):
     """The `beam` best continuations of every prompt -> for each a list of Generated, best first, and the

@@ -31,13 +31,13 @@ def linear(x, weight, bias=None):
     n = x.numel() // C
     if n > 16 or out % 16 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    rows, parts = x.reshape(n, C), weight.view(16, -1, C)
-    if n <= 4:
-        columns = rows.t().expand(16, C, n)                                             # y^T = W x^T + b
+    parts = weight.view(16, -1, C)
+    if n <= 8:                                                                          # y^T = W x^T + b
+        columns = x.contiguous().as_strided((16, C, n), (0, 1, C))
         y = torch.bmm(parts, columns) if bias is None else torch.baddbmm(bias.view(16, -1, 1), parts, columns)
-        y = y.view(out, n).t().contiguous()
-    else:
-        rows, parts = rows.expand(16, n, C), parts.transpose(1, 2)                      # y = x W^T + b
+        y = y if n == 1 else y.view(out, n).t().contiguous()
+    else:                                                                               # y = x W^T + b
+        rows, parts = x.reshape(n, C).expand(16, n, C), parts.transpose(1, 2)
         y = torch.bmm(rows, parts) if bias is None else torch.baddbmm(bias.view(16, 1, -1), rows, parts)
         y = y.transpose(0, 1)
     return y.reshape(*x.shape[:-1], out)

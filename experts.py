@@ -44,12 +44,11 @@ class Experts(nn.Module):
     capacity: how many tokens of a sequence an expert may take under `top_k`, as a multiple of its even share.
     """
 
-    def __init__(self, C, inner, experts, noops, capacity, dropout):
+    def __init__(self, C, inner, experts, noops, capacity):
         super().__init__()
         self.count, self.capacity = experts, capacity / (experts + noops)
         self.router = nn.Linear(C, experts + noops, bias=False)
         self.fc, self.proj = Each(experts, C, inner), Each(experts, inner, C)
-        self.drop = nn.Dropout(dropout)
 
     def forward(self, x, pos, route):
         """x (B,T,C), pos (B,T) -> (B,T,C), Choice."""
@@ -72,4 +71,4 @@ class Experts(nn.Module):
         out = torch.zeros_like(x).scatter_add(1, each, (gate.reshape(B, -1, 1) * y).to(x.dtype))
 
         ran = marked(idx.where(keep.reshape(B, -1), T), T)
-        return self.drop(out), Choice(torch.where(ran, p.argmax(-1), -1), balance)
+        return out, Choice(torch.where(ran, p.argmax(-1), -1), balance)

@@ -154,12 +154,6 @@ def rotations(size, hs, dtype=torch.float32):
     return torch.stack([angle.cos(), angle.sin()], -1).to(dtype)
 
 
-def rotate(x, by):
-    """Turn each pair of channels of x (B,T,n,nh,hs) as a complex number; by (B,T,n,1,hs/2) complex."""
-    pairs = torch.view_as_complex(x.to(by.real.dtype).view(*x.shape[:-1], -1, 2))       # (B,T,n,nh,hs/2)
-    return torch.view_as_real(pairs * by).view(x.shape).to(x.dtype)
-
-
 class Linear(nn.Linear):
     """nn.Linear that reads its weights fast for a few tokens."""
 
@@ -174,13 +168,16 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.dropout = nh, dropout
         self.qkv, self.proj = Linear(C, 3 * C), Linear(C, C)
-        self.drop = nn.Dropout(dropout)
         self.register_buffer("rope", rotations(block_size, C // nh), persistent=False)
 
     def heads(self, x, at):
-        """Queries, keys and values, or the latter two, side by side in x (B,T,n C) -> (n,B,nh,T,hs)."""
-        x = x.view(*x.shape[:2], -1, self.n_head, 2 * self.rope.size(-2))               # (B,T,n,nh,hs)
-        return rotate(x, at.turned(self.rope)[:, :, -x.size(2):]).permute(2, 0, 3, 1, 4)
+        """Queries, keys and values, or the latter two, side by side in x (B,T,n C) -> (n,B,nh,T,hs). Two
+        channels turn as one complex number."""
+        (B, T, nC), nh, by = x.shape, self.n_head, at.turned(self.rope)
+        n, hs = nC // self.proj.in_features, self.proj.in_features // nh
+        pairs = torch.view_as_complex(x.view(B, T, n, nh, hs // 2, 2).to(self.rope.dtype))
+        y = torch.view_as_real(pairs * (by if n == 3 else by[:, :, -n:]))
+        return y.view(B, T, n, nh, hs).to(x.dtype).permute(2, 0, 3, 1, 4)
 
     def keys_values(self, x, at):
         """x (B,T,C) -> (2,B,nh,T,hs)."""
@@ -191,7 +188,7 @@ class Attention(nn.Module):
         """x (B,T,C) -> (B,T,C)."""
         qkv = self.heads(self.qkv(x), at)
         y = past.attend(qkv[0], qkv[1:], at, self.dropout if self.training else 0.0)    # (B,nh,T,hs)
-        return self.drop(self.proj(y.transpose(1, 2).reshape(x.shape)))
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
@@ -202,7 +199,6 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.n_head, self.dropout = nh, dropout
         self.query, self.key_value, self.proj = Linear(C, C), nn.Linear(Ce, 2 * C), Linear(C, C)
-        self.drop = nn.Dropout(dropout)
 
     def keys_values(self, states):
         """states (B,S,Ce) -> k, v (B,nh,S,hs)."""
@@ -217,18 +213,17 @@ class CrossAttention(nn.Module):
         q = self.query(x).view(len(k), -1, self.n_head, k.size(-1)).transpose(1, 2)     # (B,nh,gT,hs)
         y = F.scaled_dot_product_attention(q, k, v, there[:, None, None],
                                            dropout_p=self.dropout if self.training else 0.0)
-        return self.drop(self.proj(y.transpose(1, 2).reshape(x.shape)))
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
 class MLP(nn.Module):
-    def __init__(self, C, inner, dropout):
+    def __init__(self, C, inner):
         super().__init__()
         self.fc, self.proj = Linear(C, inner), Linear(inner, C)
-        self.drop = nn.Dropout(dropout)
 
     def forward(self, x, pos, route):
         """x (B,T,C) -> (B,T,C), None: there was nothing to choose, as there is among Experts."""
-        return self.drop(self.proj(F.gelu(self.fc(x)))), None
+        return self.proj(F.gelu(self.fc(x))), None
 
 
 class Block(nn.Module):
@@ -240,15 +235,19 @@ class Block(nn.Module):
         self.cross = None
         if Ce is not None:
             self.ln_cross, self.cross = nn.LayerNorm(C), CrossAttention(C, nh, Ce, dropout)
-        self.ln2, self.mlp = nn.LayerNorm(C), MLP(C, inner or 4 * C, dropout)
+        self.ln2, self.mlp = nn.LayerNorm(C), MLP(C, inner or 4 * C)
+        self.dropout = dropout
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def residual(self, x, at, past, route):
         """What this block would add to the stream x (B,T,C), and the Choice if its MLP is Experts."""
-        a = self.attn(self.ln1(x), at, past)
+        a = self.drop(self.attn(self.ln1(x), at, past))
         if self.cross is not None:
-            a = a + self.cross(self.ln_cross(x + a), at, past.source)
+            a = a + self.drop(self.cross(self.ln_cross(x + a), at, past.source))
         m, choice = self.mlp(self.ln2(x + a), at.pos, route)
-        return m.add_(a), choice                        # a + m, in the memory of m
+        return self.drop(m).add_(a), choice             # a + m, in the memory of m
 
     def forward(self, x, at, past, route):
         """x (B,T,C) -> (x, Visit). A token that has exited keeps its state; later tokens see this block's own
@@ -280,13 +279,12 @@ class GPT(nn.Module):
         self.config, self.vocab_size = config, vocab_size
         C, L, routed = config.n_embd, config.n_layer, config.routed_blocks()
         self.wte = nn.Embedding(vocab_size, C)
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         blocks = [Block(C, config.n_head, config.block_size, config.inner, config.dropout, Ce)
                   for _ in range(1 if config.share_blocks else L)]
         blocks = blocks * (L // len(blocks))
         for block in blocks if config.experts else []:
-            block.mlp = Experts(C, config.inner, config.experts, config.noops, config.expert_capacity,
-                                config.dropout)
+            block.mlp = Experts(C, config.inner, config.experts, config.noops, config.expert_capacity)
         for n in routed:
             blocks[n] = Routed(blocks[n], C, config.capacity, config.gate, config.hidden,
                                n if config.router == "random" else None)
@@ -302,7 +300,7 @@ class GPT(nn.Module):
         """ids (B,T) -> h^0 (B,T,C). Positions enter in attention."""
         if ids.size(1) > self.config.block_size:
             raise ValueError(f"{ids.size(1)} tokens exceed the context of {self.config.block_size}")
-        return self.drop(self.wte(ids))
+        return F.dropout(self.wte(ids), self.dropout, self.training)
 
     def trunk(self, x, at, past=None, route=top_k):
         """h^0 (B,T,C) -> yields (h^n, Visit) for n = 1..L. past: one for each block, None for `Now`."""
@@ -337,7 +335,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.block_size, C = config.block_size, config.enc_embd
         self.wte = wte or nn.Embedding(vocab_size, C)
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.blocks = nn.ModuleList(Block(C, config.enc_head, self.block_size, config.n_inner, config.dropout)
                                     for _ in range(config.enc_layer))
         self.norm = nn.LayerNorm(C)
@@ -347,7 +345,7 @@ class Encoder(nn.Module):
         """ids, pos (B,S), FAR: padding -> Source."""
         if ids.size(1) > self.block_size:
             raise ValueError(f"a source of {ids.size(1)} tokens exceeds the context of {self.block_size}")
-        x, there = self.drop(self.wte(ids)), pos < FAR
+        x, there = F.dropout(self.wte(ids), self.dropout, self.training), pos < FAR
         for block in self.blocks:
             x = x + block.residual(x, Tokens(pos), Now(there=there), None)[0]
         return Source(self.norm(x), there)

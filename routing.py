@@ -86,8 +86,9 @@ def top_k(score, guess, live, capacity):
 def causal(score, guess, live, capacity):
     """Each token by its own guess > 0 [MoD 3.5], however many those are. guess (B,T) -> idx (B, most)."""
     run = guess > 0 if live is None else (guess > 0) & live
-    place = torch.arange(run.size(1), device=run.device).expand_as(run)
-    return in_time_order(place, run, run.size(1))[:, : int(run.sum(1).max())]
+    most = int(run.sum(1).max())
+    place = torch.arange(run.size(1) if most else 0, device=run.device).expand(len(run), -1)
+    return in_time_order(place, run, run.size(1))[:, :most] if most else place
 
 
 ROUTES = {"top_k": top_k, "causal": causal}
@@ -140,23 +141,22 @@ class Routed(nn.Module):
         B, T, C = x.shape                                                   # k tokens kept
         score, guess = self.scores(x, at)
         idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody
-        ran, choice = marked(idx, T), None
-        if idx.size(1) > 0:
-            rows = past.busy(idx < T)                                       # n of B rows, None: all
-            idx, y, gate, pos = (t if rows is None else t[rows] for t in (idx, x, score, at.pos))
-            here, place = idx < T, idx.clamp(max=T - 1)
-            these = at.among(rows, torch.where(here, pos.gather(1, place), FAR))    # (n,k)
-            each = place.unsqueeze(-1).expand(-1, -1, C)                    # (n,k,C)
-            update, choice = self.block.residual(y.gather(1, each), these, past, route)     # (n,k,C)
-            weight = torch.where(here, self.gate(gate.gather(1, place)), 0)     # (n,k)
-            y = y.scatter_add(1, each, (weight.unsqueeze(-1) * update).to(x.dtype))
-            x = y if rows is None else x.index_copy(0, rows, y)
-            if choice is not None:      # of the tokens selected; now of all
-                expert = torch.full((B, T + 1), -1, device=x.device)
-                rows = slice(None) if rows is None else rows
-                expert[rows] = expert[rows].scatter(1, idx, choice.expert)
-                choice = choice._replace(expert=expert[:, :T])
-        return x, Visit(ran, score, guess, choice)
+        if idx.size(1) == 0:
+            return x, Visit(torch.zeros_like(score, dtype=torch.bool), score, guess)
+        ran, rows = marked(idx, T), past.busy(idx < T)                      # n of B rows, None: all
+        idx, y, gate, pos = (t if rows is None else t[rows] for t in (idx, x, score, at.pos))
+        here, place = idx < T, idx.clamp(max=T - 1)
+        these = at.among(rows, torch.where(here, pos.gather(1, place), FAR))        # (n,k)
+        each = place.unsqueeze(-1).expand(-1, -1, C)                        # (n,k,C)
+        update, choice = self.block.residual(y.gather(1, each), these, past, route)         # (n,k,C)
+        weight = torch.where(here, self.gate(gate.gather(1, place)), 0)     # (n,k)
+        y = y.scatter_add(1, each, (weight.unsqueeze(-1) * update).to(x.dtype))
+        if choice is not None:          # of the tokens selected; now of all
+            expert = torch.full((B, T + 1), -1, device=x.device)
+            own = slice(None) if rows is None else rows
+            expert[own] = expert[own].scatter(1, idx, choice.expert)
+            choice = choice._replace(expert=expert[:, :T])
+        return y if rows is None else x.index_copy(0, rows, y), Visit(ran, score, guess, choice)
 
 
 def imitation_loss(visit, live=None):

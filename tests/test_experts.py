@@ -28,7 +28,7 @@ KINDS = {"moe": {"routed": "none", "experts": 3}, "integrated": {"routed": "none
 
 def experts(E=3, noops=2, capacity=1.25, C=8):
     torch.manual_seed(0)
-    made = Experts(C, 12, E, noops, capacity, 0.0).double()
+    made = Experts(C, 12, E, noops, capacity).double()
     for p in made.parameters():
         torch.nn.init.normal_(p)
     return made
