@@ -19,28 +19,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from linear import in_full, linear
 from routing import mixed_bits
 
 CHUNK = 2**22  # logits alive at a time while training (16 MB in fp32): reused memory instead of fresh pages
-
-
-def linear(x, weight, bias=None):
-    """F.linear. A few tokens on a CPU are multiplied by a batch of 16 parts of the matrix: decoding waits for
-    weights to be read, and BLAS lets all threads read a batch, but one alone a matrix for so few vectors."""
-    out, C = weight.shape
-    n = x.numel() // C
-    if n > 16 or out % 16 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    parts = weight.view(16, -1, C)
-    if n <= 8:                                                                          # y^T = W x^T + b
-        columns = x.contiguous().as_strided((16, C, n), (0, 1, C))
-        y = torch.bmm(parts, columns) if bias is None else torch.baddbmm(bias.view(16, -1, 1), parts, columns)
-        y = y if n == 1 else y.view(out, n).t().contiguous()
-    else:                                                                               # y = x W^T + b
-        rows, parts = x.reshape(n, C).expand(16, n, C), parts.transpose(1, 2)
-        y = torch.bmm(rows, parts) if bias is None else torch.baddbmm(bias.view(16, 1, -1), rows, parts)
-        y = y.transpose(0, 1)
-    return y.reshape(*x.shape[:-1], out)
 
 
 class Classifiers(nn.Module):
@@ -192,24 +174,18 @@ class Halting(nn.Module):
             self.linear = nn.ModuleList([nn.Linear(C, 1)] * (N - 1) if shared else
                                         [nn.Linear(C, 1) for _ in range(N - 1)])
 
-    @staticmethod
-    def logits(linear, x):
-        """linear(x) in the parameters' precision even under autocast: decisions are made of it."""
-        with torch.autocast(x.device.type, enabled=False):
-            return linear(x.to(linear.weight.dtype))
-
     def of_source(self, source):
         """A Source of B rows -> logits (B,N); padding is not in the mean."""
         there = source.there.unsqueeze(-1)
-        return self.logits(self.linear, source.states.masked_fill(~there, 0).sum(1) / there.sum(1))
+        return in_full(self.linear, source.states.masked_fill(~there, 0).sum(1) / there.sum(1))
 
     def of_first(self, h):
         """h^1 (...,C) -> logits (...,N)."""
-        return self.logits(self.linear, h)
+        return in_full(self.linear, h)
 
     def z(self, n, h):
         """h^n (...,C) -> the logit (...) of leaving after block n < N."""
-        return self.logits(self.linear[n - 1], h).squeeze(-1)
+        return in_full(self.linear[n - 1], h).squeeze(-1)
 
     def loss(self, states, source, exit_at, live):
         """H(q*, q): h^1..h^N (B,T,C), Source or None, the oracle's exit_at (B,T), live (B,T) -> a sum over

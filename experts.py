@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from linear import in_full
 from routing import FAR, marked
 
 
@@ -53,8 +54,7 @@ class Experts(nn.Module):
     def forward(self, x, pos, route):
         """x (B,T,C), pos (B,T) -> (B,T,C), Choice."""
         (B, T, C), E, there = x.shape, self.count, pos < FAR
-        with torch.autocast(x.device.type, enabled=False):
-            p = self.router(x.to(self.router.weight.dtype)).softmax(-1)                 # (B,T,E + noops)
+        p = in_full(self.router, x).softmax(-1)                                         # (B,T,E + noops)
         chosen = F.one_hot(p.argmax(-1), p.size(-1)).bool() & there.unsqueeze(-1)
         tokens = there.sum()
         balance = p.size(-1) * (chosen.sum((0, 1)) * (p * there.unsqueeze(-1)).sum((0, 1))).sum() / tokens

@@ -19,8 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from exits import Classifiers, Halting, linear
+from exits import Classifiers, Halting
 from experts import Experts
+from linear import Linear, linear
 from routing import FAR, Routed, Visit, top_k
 
 
@@ -152,13 +153,6 @@ def rotations(size, hs, dtype=torch.float32):
     angle = torch.arange(size).double().outer(10000.0 ** (-torch.arange(0, hs, 2).double() / hs))
     angle = torch.stack([angle, angle, 0 * angle], 1).unsqueeze(2)
     return torch.stack([angle.cos(), angle.sin()], -1).to(dtype)
-
-
-class Linear(nn.Linear):
-    """nn.Linear that reads its weights fast for a few tokens."""
-
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):

@@ -22,6 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from linear import Linear, in_full
+
 FAR = 2**30  # the position of a token that is not there (padding, or not selected): nothing attends to it
 
 
@@ -113,9 +115,9 @@ class Routed(nn.Module):
         self.gate = {"raw": lambda r: r, "sigmoid": torch.sigmoid, "one": torch.ones_like}[gate]
         self.router, self.predictor = None, None
         if random is None:
-            self.router = nn.Linear(C, 1, bias=False)
+            self.router = Linear(C, 1, bias=False)
             if hidden:
-                self.predictor = nn.Sequential(nn.Linear(C, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+                self.predictor = nn.Sequential(Linear(C, hidden), nn.SiLU(), Linear(hidden, 1))
 
     def chance(self, at):
         """-> score (B,T), guess (B,T) of the random control: noise, drawn anew while training as
@@ -130,11 +132,8 @@ class Routed(nn.Module):
         """x (B,T,C) -> score (B,T), guess (B,T), in the parameters' precision even under autocast."""
         if self.router is None:
             return self.chance(at)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.router.weight.dtype)
-            score = self.router(x).squeeze(-1)
-            guess = score if self.predictor is None else self.predictor(x.detach()).squeeze(-1)
-        return score, guess
+        score = in_full(self.router, x).squeeze(-1)
+        return score, score if self.predictor is None else in_full(self.predictor, x.detach()).squeeze(-1)
 
     def forward(self, x, at, past, route):
         """x (B,T,C) -> (x, Visit). A token that does not run leaves nothing behind in `past`."""

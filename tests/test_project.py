@@ -7,15 +7,15 @@ import sys
 import pytest
 from conftest import ROOT
 
-CORE = ["model", "exits", "routing", "experts", "decode", "cost", "run", "train", "sample"]
+CORE = ["model", "exits", "routing", "experts", "linear", "decode", "cost", "run", "train", "sample"]
 INSTRUMENTS = ["data/common", "data/parallel", "data/batches", "evaluate", "plot", "bench", "reproduce",
                *(f"data/{name}/prepare" for name in ("pysource", "text", "shakespeare", "multi30k", "iwslt14",
                                                      "pairs"))]
 # Who may import whom. Scripts stand on top and never import each other.
 MAY_IMPORT = {
-    "exits": {"routing"}, "experts": {"routing"}, "routing": set(),
+    "linear": set(), "exits": {"routing", "linear"}, "experts": {"routing", "linear"}, "routing": {"linear"},
     "data/common": set(),
-    "model": {"exits", "experts", "routing"},
+    "model": {"exits", "experts", "routing", "linear"},
     "decode": {"model", "exits", "routing"}, "cost": {"routing"},
     "data/parallel": {"data.common"}, "data/batches": {"data.common", "data.parallel", "routing"},
     "run": {"data.common", "exits", "model"},
@@ -25,8 +25,8 @@ MAY_IMPORT = {
     "plot": {"run", "data.common"}, "reproduce": {"run", "data.common", "cost", "model"},
     "bench": {"run", "data.common", "data.batches", "model", "exits", "routing", "decode", "cost"},
 }
-OURS = {"model", "exits", "routing", "experts", "decode", "cost", "run", "train", "sample", "evaluate",
-        "plot", "bench", "reproduce", "data"}
+OURS = {"model", "exits", "routing", "experts", "linear", "decode", "cost", "run", "train", "sample",
+        "evaluate", "plot", "bench", "reproduce", "data"}
 
 
 def test_ruff():

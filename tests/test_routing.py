@@ -133,7 +133,8 @@ def test_9_the_router_learns_from_the_language_model():
 def test_10_the_predictor_is_an_mlp_behind_a_stop_gradient_and_gates_nothing():
     """10: a linear predictor, one that trains the trunk, or one that replaces the gate."""
     model, ids = tiny(), texts()
-    assert [type(m) for m in model.blocks[1].predictor] == [nn.Linear, nn.SiLU, nn.Linear]
+    kinds = zip(model.blocks[1].predictor, [nn.Linear, nn.SiLU, nn.Linear], strict=True)
+    assert all(isinstance(m, kind) for m, kind in kinds)
     sum(imitation_loss(v) for v in visits(model, ids) if v.guess is not None).backward()
     learns = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert learns and all(".predictor." in name for name in learns)

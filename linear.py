@@ -1,0 +1,38 @@
+"""Linear layers as decoding and decisions need them: fast for a few tokens, exact under autocast."""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def linear(x, weight, bias=None):
+    """F.linear. A few tokens on a CPU are multiplied by a batch of 16 parts of the matrix: decoding waits for
+    weights to be read, and BLAS lets all threads read a batch, but one alone a matrix for so few vectors."""
+    out, C = weight.shape
+    n = x.numel() // C
+    if n > 16 or out % 16 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    parts = weight.view(16, -1, C)
+    if n <= 8:                                                                          # y^T = W x^T + b
+        columns = x.contiguous().as_strided((16, C, n), (0, 1, C))
+        y = torch.bmm(parts, columns) if bias is None else torch.baddbmm(bias.view(16, -1, 1), parts, columns)
+        y = y if n == 1 else y.view(out, n).t().contiguous()
+    else:                                                                               # y = x W^T + b
+        rows, parts = x.reshape(n, C).expand(16, n, C), parts.transpose(1, 2)
+        y = torch.bmm(rows, parts) if bias is None else torch.baddbmm(bias.view(16, 1, -1), rows, parts)
+        y = y.transpose(0, 1)
+    return y.reshape(*x.shape[:-1], out)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that reads its weights fast for a few tokens."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+def in_full(module, x):
+    """module(x) in the precision of its parameters even under autocast: decisions are made of it."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return module(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return module(x.to(next(module.parameters()).dtype))
