@@ -359,7 +359,7 @@ def keep_memory():
     pages every time, and touching those takes a tenth to a fifth of a training step. Nothing elsewhere."""
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)                  # M_MMAP_MAX
+        mallopt(-3, 2**25)              # M_MMAP_THRESHOLD: what is larger still comes and goes
         mallopt(-1, 2**31 - 1)          # M_TRIM_THRESHOLD
 
 
