@@ -127,4 +127,4 @@ def decoding(config, vocab_size, visited, exit_at, decides="", S=0, copies="pape
     moved = itemsize * (sum(linear.values()) / 2 + cache)       # every weight once a token that it works for
     parts = linear | {"blocks": linear["blocks"] + 4 * C * (seen + runs * S), "source": linear["source"] * S}
     return Cost(**{name: float(value) for name, value in parts.items()}, bytes=float(moved),
-                cache=float((runs + made) / visited.size))
+                cache=float((runs + made) / max(1, visited.size)))

@@ -87,6 +87,8 @@ def main(argv=None):
     encoding, L = load_tokenizer(folder / "tokenizer.json"), trained.model.n_layer
     if options.speculate:
         refuse_drafts(options, trained, model)
+    else:
+        run.refuse(options, ("ahead",), "nothing is drafted without --speculate")
     named = options.named(trained) if not options.speculate else "full"
     rule = run.rule_of(named, trained, model)
     text, color = options.prompt, use_color(options.color)
