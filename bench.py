@@ -1,6 +1,6 @@
 """Speed, as ratios within one run: python bench.py [--parts plain exits ...]. Keep the machine idle.
 
-Every pair is timed in turns (a, b, a, b, ...), so that a slow moment of the machine hits both; shown are the
+Works are timed in turns (a, b, b, a, ...), so that a slow moment of the machine hits both; shown are the
 median and the middle half of the repeats. layers, FLOPs and bytes are counted ratios (cost.py; bytes as for
 one text at a time); the one marked * is the ideal of the row, and "share" is that over the measured ratio.
 
@@ -66,13 +66,14 @@ def clock(work, device):
 
 
 def in_turns(works, repeats, device):
-    """{name: function} -> {name: seconds (repeats,)}; one unmeasured round first."""
+    """{name: function} -> {name: seconds (repeats,)}; one unmeasured round first. Every round has an order
+    of its own, since a work takes longer after one that leaves the caches full of other things."""
     for work in works.values():
         clock(work, device)
-    times = {name: [] for name in works}
+    times, names, rng = {name: [] for name in works}, [*works], np.random.default_rng(0)
     for _ in range(repeats):
-        for name, work in works.items():
-            times[name].append(clock(work, device))
+        for i in rng.permutation(len(names)):
+            times[names[i]].append(clock(works[names[i]], device))
     return {name: np.array(t) for name, t in times.items()}
 
 

@@ -23,6 +23,10 @@ class Slots(NamedTuple):
     rows: torch.Tensor | None   # (n,) the rows they belong to, None: all
     start: int | None           # every row has the slots start .. start + T - 1; None: not so regular
 
+    def numbers(self):
+        """Those rows, as integers."""
+        return range(len(self.slot)) if self.rows is None else self.rows.tolist()
+
 
 class Places:
     """Which tokens a cache holds: B rows of `size` slots, filled from the left, plus one that catches tokens
@@ -72,8 +76,8 @@ class KV:
         """Make what is missing below this call's tokens, of all rows that run in one product."""
         if self.places is not None:
             return
-        rows = range(len(self.filled)) if self.cache.here.rows is None else self.cache.here.rows.tolist()
-        pending = [(b, j) for b in rows for j in range(self.filled[b], self.cache.before[b])]
+        rows, before = self.cache.here.numbers(), self.cache.before
+        pending = [(b, j) for b in rows for j in range(self.filled[b], before[b])]
         for b in rows:
             self.filled[b] = self.cache.places.used[b]
         if pending:
@@ -88,21 +92,20 @@ class KV:
         places, T, pos = self.places or self.cache.places, q.size(2), at.pos
         here = self.cache.here if self.places is None else places.enter(pos, at.rows)
         if here.start is not None:
+            used = [here.start + T]
             self.kv.narrow(3, here.start, T).copy_(kv)
         else:
-            rows = numbered(here.rows, pos)
+            rows, numbers = numbered(here.rows, pos), here.numbers()
+            used = [places.used[b] for b in numbers]
             self.kv[:, rows, :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)    # (n,T,2,nh,hs)
-        numbers = range(len(pos)) if here.rows is None else here.rows.tolist()
-        used = [places.used[b] for b in numbers]
         if T == 1 and here.rows is not None and pos.device.type == "cpu":
             rows = [self.kv.narrow(1, b, 1).narrow(3, 0, M) for b, M in zip(numbers, used, strict=True)]
             return torch.cat([F.scaled_dot_product_attention(one, *row.to(q.dtype).unbind())
                               for one, row in zip(q.split(1), rows, strict=True)])  # gathering costs more
         M, seen = max(used), None
-        past, there = self.kv.narrow(3, 0, M), places.pos[:, :M]
-        if here.rows is not None:
-            past, there = past[:, here.rows], there[here.rows]
+        past = self.kv.narrow(3, 0, M) if here.rows is None else self.kv[:, here.rows, :, :M]
         if T > 1 or min(used) < M:
+            there = places.pos[:, :M] if here.rows is None else places.pos[here.rows, :M]
             seen = there[:, None, None] <= pos[:, None, :, None]                            # (n,1,T,M)
         return F.scaled_dot_product_attention(q, *past.to(q.dtype).unbind(), seen)
 
@@ -179,7 +182,9 @@ class Call:
     missing: see `read`."""
 
     def __init__(self, model, x, pos, cache, missing="copy"):
-        self.model, self.cache, self.missing, self.pos, self.L = model, cache, missing, pos, len(model.blocks)
+        self.model, self.cache, self.missing, self.pos = model, cache, missing, pos
+        self.blocks = [*zip(model.blocks, cache.blocks, strict=True)]
+        self.L = len(self.blocks)
         self.x, self.first, self.at, self.inside = x, x, Tokens(pos), pos < FAR
         self.changed = cache.here.start is None
         self.visits, self.left = [], []         # (n, rows, Visit) of blocks that chose; who left where
@@ -205,7 +210,7 @@ class Call:
 
     def run(self, n, route):
         """Block n, from 1."""
-        block, past = self.model.blocks[n - 1], self.cache[n - 1]
+        block, past = self.blocks[n - 1]
         past.fill(block)
         self.x, visit = block(self.x, self.at, past, route)
         self.first = self.x if n == 1 else self.first

@@ -1,4 +1,6 @@
 """Linear layers as decoding and decisions need them: fast for a few tokens, exact under autocast."""
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -7,9 +9,9 @@ import torch.nn.functional as F
 def linear(x, weight, bias=None):
     """F.linear. A few tokens on a CPU are multiplied by a batch of 16 parts of the matrix: decoding waits for
     weights to be read, and BLAS lets all threads read a batch, but one alone a matrix for so few vectors."""
-    out, C = weight.shape
-    n = x.numel() // C
-    if n > 16 or out % 16 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    (*shape, C), out = x.shape, len(weight)
+    n = math.prod(shape)
+    if n > 16 or out % 16 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     parts = weight.view(16, -1, C)
     if n <= 8:                                                                          # y^T = W x^T + b
@@ -20,7 +22,7 @@ def linear(x, weight, bias=None):
         rows, parts = x.reshape(n, C).expand(16, n, C), parts.transpose(1, 2)
         y = torch.bmm(rows, parts) if bias is None else torch.baddbmm(bias.view(16, 1, -1), rows, parts)
         y = y.transpose(0, 1)
-    return y.reshape(*x.shape[:-1], out)
+    return y.reshape(*shape, out)
 
 
 class Linear(nn.Linear):

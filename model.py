@@ -160,18 +160,18 @@ class Attention(nn.Module):
 
     def __init__(self, C, nh, block_size, dropout):
         super().__init__()
-        self.n_head, self.dropout = nh, dropout
+        self.n_head, self.size, self.dropout = nh, C // nh, dropout
         self.qkv, self.proj = Linear(C, 3 * C), Linear(C, C)
         self.register_buffer("rope", rotations(block_size, C // nh), persistent=False)
 
     def heads(self, x, at):
         """Queries, keys and values, or the latter two, side by side in x (B,T,n C) -> (n,B,nh,T,hs). Two
         channels turn as one complex number."""
-        (B, T, nC), nh, by = x.shape, self.n_head, at.turned(self.rope)
-        n, hs = nC // self.proj.in_features, self.proj.in_features // nh
-        pairs = torch.view_as_complex(x.view(B, T, n, nh, hs // 2, 2).to(self.rope.dtype))
-        y = torch.view_as_real(pairs * (by if n == 3 else by[:, :, -n:]))
-        return y.view(B, T, n, nh, hs).to(x.dtype).permute(2, 0, 3, 1, 4)
+        (B, T, nC), nh, hs, rope = x.shape, self.n_head, self.size, self.rope
+        n, by, same = nC // (nh * hs), at.turned(rope), x.dtype == rope.dtype
+        pairs = torch.view_as_complex((x if same else x.to(rope.dtype)).view(B, T, n, nh, hs // 2, 2))
+        y = torch.view_as_real(pairs * (by if n == 3 else by[:, :, -n:])).view(B, T, n, nh, hs)
+        return (y if same else y.to(x.dtype)).permute(2, 0, 3, 1, 4)
 
     def keys_values(self, x, at):
         """x (B,T,C) -> (2,B,nh,T,hs)."""
