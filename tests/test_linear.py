@@ -1,0 +1,56 @@
+"""Linear layers for few tokens against F.linear, and decisions under autocast."""
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from linear import Linear, in_full
+from model import Block, Now, Tokens, positions
+
+
+@pytest.mark.parametrize("out", [48, 50])
+@pytest.mark.parametrize("n", [*range(1, 19)])
+def test_few_tokens_are_as_many(n, out):
+    """A part of the matrix in the wrong place, tokens exchanged, a bias left out, a gradient lost; also for
+    inputs that do not lie in one piece, and rows in two dimensions."""
+    torch.manual_seed(n)
+    layer = Linear(12, out).double()
+    rows = torch.randn(n, 12, dtype=torch.double, requires_grad=True)
+    inputs = [rows, torch.stack([rows, rows], 2)[..., 0], rows[None], rows[:, None]]
+    inputs += [torch.cat([rows, rows]).view(2, n, 12)[:, ::2].transpose(0, 1)]
+    for x in inputs:
+        for bias in (layer.bias, None):
+            layer.bias, kept = bias, layer.bias
+            got, wanted = layer(x), F.linear(x, layer.weight, bias)
+            layer.bias = kept
+            assert got.shape == wanted.shape and torch.allclose(got, wanted, rtol=0, atol=1e-12)
+            params = [rows, layer.weight, *([bias] if bias is not None else [])]
+            for a, b in zip(*(torch.autograd.grad(y.square().sum(), params) for y in (got, wanted)),
+                            strict=True):
+                assert torch.allclose(a, b, rtol=0, atol=1e-9)
+
+
+def test_decisions_are_made_in_full():
+    """A router that decides in bfloat16, or a type that stays behind."""
+    torch.manual_seed(0)
+    module, x = nn.Sequential(Linear(16, 32), nn.SiLU(), Linear(32, 1)), torch.randn(3, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+        assert torch.equal(in_full(module, x.bfloat16()), in_full(module, x.bfloat16().float()))
+        assert not torch.equal(in_full(module, x), module(x).float())
+        inside = in_full(module, x)
+    assert inside.dtype == torch.float32 and torch.allclose(inside, module(x), atol=1e-6)
+    assert torch.equal(in_full(module, x), module(x))
+
+
+@pytest.mark.parametrize("Ce, share", [(None, 0.25), (8, 0.125)])
+def test_each_part_of_a_block_is_dropped_out(Ce, share):
+    """Dropout forgotten on one part, done twice, or while evaluating."""
+    from model import Source
+    torch.manual_seed(0)
+    block, x = Block(32, 2, 16, dropout=0.5, Ce=Ce), torch.randn(8, 16, 32)
+    past = Now(Ce and Source(torch.randn(8, 4, Ce), torch.ones(8, 4, dtype=torch.bool)))
+    at = Tokens(positions(x[..., 0]))
+    assert (block.residual(x, at, past, None)[0] == 0).float().mean().item() == pytest.approx(share, abs=0.03)
+    block.eval()
+    assert (block.residual(x, at, past, None)[0] != 0).all()
