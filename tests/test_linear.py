@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from linear import Linear, in_full
-from model import Block, Now, Tokens, positions
+from model import GPT, Block, GPTConfig, Now, Source, Tokens, positions
 
 
 @pytest.mark.parametrize("out", [48, 50])
@@ -46,7 +46,6 @@ def test_decisions_are_made_in_full():
 @pytest.mark.parametrize("Ce, share", [(None, 0.25), (8, 0.125)])
 def test_each_part_of_a_block_is_dropped_out(Ce, share):
     """Dropout forgotten on one part, done twice, or while evaluating."""
-    from model import Source
     torch.manual_seed(0)
     block, x = Block(32, 2, 16, dropout=0.5, Ce=Ce), torch.randn(8, 16, 32)
     past = Now(Ce and Source(torch.randn(8, 4, Ce), torch.ones(8, 4, dtype=torch.bool)))
@@ -54,3 +53,10 @@ def test_each_part_of_a_block_is_dropped_out(Ce, share):
     assert (block.residual(x, at, past, None)[0] == 0).float().mean().item() == pytest.approx(share, abs=0.03)
     block.eval()
     assert (block.residual(x, at, past, None)[0] != 0).all()
+
+
+def test_embeddings_are_dropped_out():
+    """Dropout forgotten where the stream begins."""
+    model = GPT(GPTConfig(2, 2, 32, block_size=64, dropout=0.5), 50)
+    h = model.embed(torch.randint(0, 50, (4, 64)))
+    assert (h == 0).float().mean().item() == pytest.approx(0.5, abs=0.03)

@@ -189,6 +189,7 @@ def test_bad_samples(finished, capsys, tmp_path):
     assert "early exit of this run: 1, 2, 3" in no("--speculate", "4")
     assert "at least one token" in no("--speculate", "2", "--ahead", "0")
     assert "--exit would do nothing: --speculate" in no("--speculate", "2", "--exit", "3")
+    assert "--ahead would do nothing" in no("--ahead", "2")
     assert "has 001 to 001" in refused(capsys, sample.main, "--out", finished.parent, "--run", "7")
     assert run.find(finished, finished.parent) == run.find("1", finished.parent) == finished    # a Path too
     assert "has none yet" in refused(capsys, sample.main, "--out", tmp_path / "nothing", "--run", "last")
