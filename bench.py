@@ -1,14 +1,14 @@
 """Speed, as ratios within one run: python bench.py [--parts plain exits ...]. Keep the machine idle.
 
-Works are timed in turns (a, b, b, a, ...), so that a slow moment of the machine hits both; shown are the
-median and the middle half of the repeats. layers, FLOPs and bytes are counted ratios (cost.py; bytes as for
-one text at a time); the one marked * is the ideal of the row, and "share" is that over the measured ratio.
+Works are timed in turns, in a new order every round, so that a slow moment of the machine hits all; shown are
+the median and the middle half of the repeats. layers, FLOPs and bytes are counted ratios (cost.py; bytes as
+for one text at a time); the one marked * is the ideal of the row, "share" is that over the measured ratio.
 
     train   steps and blocks: dense, routed, with many exits
     plain   one more token at full depth, against reading the weights and against Hugging Face's GPT-2
     exits   early exits, one text and many
     mod     routed blocks, by capacity
-    run     a trained run (--run): its own mixture of exits, and drafts at every early exit
+    run     a trained run (--run): its own mixtures of exits, and drafts at the lower half of its exits
     curves  time of a token against prefix, batch, depth and width
 """
 import itertools
@@ -330,6 +330,17 @@ def plain_part(o, device):
                       "theirs", counted=(1, 1, 1))
 
 
+def mixed_work(model, prefix):
+    """As work_of, on average over exits spread evenly over the blocks, late copies included."""
+    L, rng = model.config.n_layer, np.random.default_rng(0)
+    depth = rng.integers(1, L + 1, prefix + 400)
+    ran = np.arange(L) < depth[:, None]
+    size = [cost.decoding(model.config, model.vocab_size, ran[:T], depth[:T], copies="needed")
+            for T in (prefix, prefix + 400)]
+    layers = ran[prefix:].sum() / 400
+    return np.array([layers, (size[1].flops - size[0].flops) / 400, 0])
+
+
 @torch.no_grad()
 def exits_part(o, device):
     """All exit at one block, against a model that has no more blocks, and against full depth; then many rows
@@ -350,9 +361,8 @@ def exits_part(o, device):
         times = in_turns({"spread": reader(model, B, prefix, spread),
                           "nobody": reader(model, B, prefix, fixed_exit(L)),
                           "full": reader(model, B, prefix, full_depth)}, o.repeats, device)
-        half = (L + 1) / 2 / L
         yield row(f"{B} rows, prefix {prefix}, exits spread evenly: over full depth", times, "spread", "full",
-                  "flops", (half, half, 0))
+                  "flops", mixed_work(model, prefix) / work_of(model, prefix, L))
         yield row(f"{B} rows, prefix {prefix}, a rule but nobody exits: over full depth", times, "nobody",
                   "full", "flops", (1, 1, 0))
 
@@ -383,11 +393,13 @@ def curves_part(o, device):
         times = in_turns({"full": reader(model, B, prefix, full_depth),
                           "exit": reader(model, B, prefix, fixed_exit(e)),
                           "mod": reader(mod, B, prefix, full_depth)}, o.repeats, device)
+        full = work_of(model, prefix, sized.n_layer)
         yield row(f"{axis} {x}: full depth", times, "full", curve=(axis, x, "full depth"))
-        yield row(f"{axis} {x}: all exit at {e}, over full depth", times, "exit", "full", "layers",
-                  (e / sized.n_layer, 0, 0), (axis, x, "all exit at a third of the blocks"))
-        yield row(f"{axis} {x}: 12.5 % of every other block, over full depth", times, "mod", "full", "layers",
-                  (0.5625, 0, 0), (axis, x, "12.5 % in every other block"))
+        yield row(f"{axis} {x}: all exit at {e}, over full depth", times, "exit", "full",
+                  "bytes" if B == 1 else "flops", work_of(model, prefix, e) / full,
+                  (axis, x, "all exit at a third of the blocks"))
+        yield row(f"{axis} {x}: 12.5 % of every other block, over full depth", times, "mod", "full",
+                  counted=(0.5625, 0, 0), curve=(axis, x, "12.5 % in every other block"))
 
     for prefix in (32, 128, 512, 960):
         yield from point("prefix", min(prefix, o.block_size - 8), prefix=min(prefix, o.block_size - 8))
@@ -402,7 +414,7 @@ def curves_part(o, device):
 @torch.no_grad()
 def run_part(o, device):
     """A trained GPT with exits: what its own mixture costs against what the same exits cost unmixed, and
-    lossless drafts from every early exit."""
+    lossless drafts from the lower half of its exits."""
     if not o.run:
         raise UserError("the part `run` needs a trained run: --run runs/001")
     folder, trained, _, model = run.open_run(o.run, device=o.device)
@@ -430,16 +442,16 @@ def run_part(o, device):
 
 
 def mixtures(o, device, model, ids, P, rules):
-    """Reading ids (1,T) from P on, token by token. Calibrated: a token that leaves at e costs what it does if
-    all leave at e, a look at a classifier what one costs alone, and a late copy a third of a projection."""
+    """Reading ids (1,T), the first P at once and then token by token. Calibrated: a token that leaves at e
+    costs what it does if all leave at e, a look what a classifier costs alone, and all late copies of a
+    block, made at once, what the keys and values of one token cost alone."""
     L, T = len(model.blocks), ids.size(1)
     x = model.embed(ids[:, :1])
     works = {e: reader(model, 1, P, fixed_exit(e), T - P, ids) for e in range(1, L + 1)}
     works |= {name: reader(model, 1, P, rule, T - P, ids) for name, rule in rules.items()}
     looks = {"look": lambda: [model.classifiers(1, x) for _ in range(T - P)]}
-    dense = next(b for b in model.blocks if isinstance(b, Block))
-    at = Tokens(positions(x[..., 0]))
-    looks["copy"] = lambda: [dense.attn.keys_values(dense.ln1(x), at) for _ in range(T - P)]
+    block, at = getattr(model.blocks[0], "block", model.blocks[0]), Tokens(positions(x[..., 0]))
+    looks["copy"] = lambda: [block.attn.keys_values(block.ln1(x), at) for _ in range(T - P)]
     times = in_turns(works | looks, o.repeats, device)
     for name, rule in rules.items():
         found = decode.read(model, ids, positions(ids), None, rule, causal)
@@ -479,7 +491,10 @@ def draw(rows, folder):
     axes = {"speed": {"exit": "blocks run by every token", "capacity": "capacity"},
             "curves": {"prefix": "tokens before", "batch": "texts at once", "depth": "blocks",
                        "width": "channels"}}
+    there = {r["curve"][0] for r in rows if r["curve"]}
     for name, panels in axes.items():
+        if not there >= {*panels}:
+            continue
         fig, places = plt.subplots(1, len(panels), figsize=(3.8 * len(panels), 3.6))
         for ax, (axis, label) in zip(places, panels.items(), strict=True):
             lines = {}

@@ -117,7 +117,7 @@ def decoding(config, vocab_size, visited, exit_at, decides="", S=0, copies="pape
     read = exit_at.sum() if decides == "confidence" else len(exit_at)                       # classifiers
     looks = {"sequence": L * Ce / C, "token": L * len(exit_at)}.get(decides, 0)             # of C channels
     looks = np.minimum(exit_at, L - 1).sum() if decides in ("geometric", "binary") else looks
-    blocks = visited.any(0).sum()
+    blocks = min(visited.any(0).sum(), 1 if config.share_blocks else L)     # that look at the source
     mlps = runs if worked is None else worked.sum() + runs - visited.sum()
     linear = {"blocks": runs * (block_flops(C, 0, 0) + (4 * C * C if S else 0)) + mlps * 4 * inner * C
               + (runs * 2 * C * (config.experts + config.noops) if config.experts else 0),

@@ -41,6 +41,8 @@ class Places:
         """Give tokens at pos (n,T), of these rows (n,) or of all, the next slots of their rows -> Slots."""
         numbers = range(len(pos)) if rows is None else rows.tolist()
         used, more = [self.used[b] for b in numbers], [sum(p < FAR for p in row) for row in pos.tolist()]
+        if max(map(int.__add__, used, more)) >= self.pos.size(1):
+            raise ValueError(f"no room: this cache holds {self.pos.size(1) - 1} tokens of each text")
         for b, u, m in zip(numbers, used, more, strict=True):
             self.used[b] = u + m
         if rows is None and min(used) == max(used) and min(more) == pos.size(1):
@@ -102,7 +104,7 @@ class KV:
             rows = [self.kv.narrow(1, b, 1).narrow(3, 0, M) for b, M in zip(numbers, used, strict=True)]
             return torch.cat([F.scaled_dot_product_attention(one, *row.to(q.dtype).unbind())
                               for one, row in zip(q.split(1), rows, strict=True)])  # gathering costs more
-        M, seen = max(used), None
+        M, seen = max(used), None       # a single token is the last of its row: it sees all that is there
         past = self.kv.narrow(3, 0, M) if here.rows is None else self.kv[:, here.rows, :, :M]
         if T > 1 or min(used) < M:
             there = places.pos[:, :M] if here.rows is None else places.pos[here.rows, :M]
@@ -111,7 +113,12 @@ class KV:
 
 
 class Cache:
-    """What a model remembers of B texts of at most `size` tokens; cache[n] is the KV of block n from 0."""
+    """What a model remembers of B texts of at most `size` tokens; cache[n] is the KV of block n from 0. Room
+    is set aside for all of them in every block, whether the tokens will run it or not.
+
+    before: slots used by each row before this call. call, here: Slots of the call's tokens; of the rows that
+    still run.
+    """
 
     def __init__(self, model, B, size, source=None):
         w, nh, routed = model.wte.weight, model.config.n_head, model.config.routed_blocks()
@@ -238,11 +245,11 @@ class Call:
         if not others and rows is None and who.all():
             return torch.full_like(self.pos, n), looked()
         exit_at, where, seen, unseen = [], [], [], []
-        for n, x, looked, who, rows in sorted(self.left, key=lambda left: left[2].cache_info().currsize == 0):
+        for n, x, looked, who, rows in sorted(self.left, key=lambda left: not left[2].cache_info().currsize):
             row, t = who.nonzero().unbind(1)
             where.append(((row if rows is None else rows[row]), t))
             exit_at += [n] * len(t)
-            if looked.cache_info().currsize:
+            if looked.cache_info().currsize:                # a rule has asked for these logits
                 seen.append(looked()[who])
             else:
                 unseen.append((n, x[who]))
@@ -274,7 +281,8 @@ def read(model, ids, pos, cache, rule, route, missing="copy"):
     All tokens of the call at once, under halting `rule` and routing `route`. Exact, and not an approximation
     of going token by token: block n reads states after block n - 1 only, and those are frozen where a token
     has left [DAT 2]. Tokens with position FAR are padding and run nothing; a row of which no token goes on
-    drops out, and when there is none the blocks above do not run at all.
+    drops out, and when there is none the blocks above do not run at all. Calls come in order of position,
+    which is below the model's block_size; at least one token is there. Raises ValueError if a cache is full.
 
     missing: what deeper tokens see of one that left earlier. "copy": keys and values of its copied state, the
     paper's way; "compute": its true ones, as if it ran the blocks later when one needs it (`visited` is still
@@ -475,11 +483,12 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
             if i < room:
                 q.append(chances(found.logits[:, -1].cpu(), temperature, top))
                 ids.append(int(pick(q[-1], torch.from_numpy(rng.random(1)))))
+        drafted += room
         logits, above = verify(model, cache, E, start, route)
         p = chances(logits[first - 1 - start:].cpu(), temperature, top)         # of ids[first], ...
         for i, u in enumerate(rng.random((len(q), 2))):
             same, token = accept(p[i], q[i][0], ids[first + i], u)
-            drafted, kept = drafted + 1, kept + same
+            kept += same
             if not same or token == end:
                 ids[first + i:] = [token]
                 break
@@ -544,7 +553,7 @@ def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=
     past = Cache(model, B, P + max(new), source)
     ids, pos = pad(prompts, device)
     found = read(model, ids, pos, past, rule, route, missing)
-    logits = found.logits[range(B), [len(p) - 1 for p in prompts]]
+    logits = precise(found.logits[range(B), [len(p) - 1 for p in prompts]])
     reads, live = [Reads() for _ in prompts], []
     for b, how in enumerate(zip(found.exit_at.tolist(), found.visited.tolist(), strict=True)):
         for r, one in enumerate(zip(*how, strict=True)):
@@ -573,12 +582,17 @@ def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=
         ids = torch.tensor([[h.written[-1]] for _, h in flat], device=device)
         pos = torch.tensor([[len(prompts[b]) + i] for b, _ in flat], device=device)
         found = read(model, ids, pos, past, rule, route, missing)
-        logits = found.logits[:, 0]
+        logits = precise(found.logits[:, 0])
         how = iter(zip(found.exit_at[:, 0].tolist(), found.visited[:, 0].tolist(), strict=True))
         live = [[h._replace(read=reads[b].add(h.read, *next(how))) for h in row]
                 for b, row in zip(going, live, strict=True)]
     return [(_ranked(p, ended, each, beam, penalty), each)
             for p, ended, each in zip(prompts, done, reads, strict=True)]
+
+
+def precise(logits):
+    """In fp32 or better: sums over many tokens are compared."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def extend(hypotheses, totals, places, V, beam, end, last):
@@ -608,6 +622,7 @@ def longest(S, block_size):
     return min(2 * S + 10, block_size - 1)
 
 
+@torch.inference_mode()
 def translate(model, sources, end, rule, beam=5, penalty=1.0, route=causal, missing="copy"):
     """Lists of source ids, `end` the last of each -> for each the best Generated, which begins with `end`,
     and the Reads of its search."""

@@ -236,7 +236,7 @@ def chosen(exit_at):
 
 def random_exit(N, seed=0):
     """Each token leaves at an exit drawn uniformly from 1..N ("uniform" in the paper's table 1), a function
-    of (seed, row, position)."""
+    of (seed, row of the call, position): in a beam, sentences that are done give up their rows."""
     def rule(seen):
         return mixed_bits(seen.pos, seed, seen.rows) % N + 1 <= seen.n
     return rule

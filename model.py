@@ -108,25 +108,28 @@ def positions(ids):
 
 class Source:
     """An encoded source: states (B,S,Ce), there (B,S) bool. Each decoder block makes its keys and values at
-    its first visit. A call has g rows for each source, side by side (the hypotheses of a beam)."""
+    its first visit, for training and for decoding apart. A call has g rows for each source, side by side
+    (the hypotheses of a beam)."""
 
     def __init__(self, states, there, g=1):
         self.states, self.there, self.g, self.made = states, there, g, {}
 
     def keys_values(self, cross):
         """k, v (B,nh,S,hs) for one block's CrossAttention."""
-        if cross not in self.made:
-            self.made[cross] = cross.keys_values(self.states)
-        return self.made[cross]
+        half = torch.is_autocast_enabled(self.states.device.type)
+        how = cross, half, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if how not in self.made:
+            self.made[how] = cross.keys_values(self.states)
+        return self.made[how]
 
     def select(self, rows, g):
         """The Source of these rows only, with g rows of a call for each."""
-        if len(rows) == len(self.states):
+        if [*rows] == [*range(len(self.states))]:
             chosen = Source(self.states, self.there, g)
             chosen.made = self.made
         else:
             chosen = Source(self.states[rows], self.there[rows], g)
-            chosen.made = {cross: (k[rows], v[rows]) for cross, (k, v) in self.made.items()}
+            chosen.made = {how: (k[rows], v[rows]) for how, (k, v) in self.made.items()}
         return chosen
 
 

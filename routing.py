@@ -99,7 +99,7 @@ ROUTES = {"top_k": top_k, "causal": causal}
 class Routed(nn.Module):
     """x_i + r_i f(x)_i for the selected tokens, x_i for the others [MoD eq. 1].
 
-    `block` needs `residual(x, pos, past, route)`: its update f without the skip connection, and what its
+    `block` needs `residual(x, at, past, route)`: its update f without the skip connection, and what its
     experts chose, if it has any. It sees the selected tokens alone, with the positions they had: they are the
     only queries and the only keys.
     capacity: share of a sequence that top-k selects. gate: "raw" multiplies by r, "sigmoid" by sigmoid(r).

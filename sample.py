@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 import run
 from data.common import EOT, UserError, command, load_tokenizer
@@ -145,6 +146,7 @@ def continuations(model, encoding, text, rule, options):
                     top=options.top_k or None, seed=options.seed, end=encoding.eot_token)
 
 
+@torch.inference_mode()
 def translations(model, encoding, text, rule, options):
     """Sentences, one a line -> (the sentences, their best Generated)."""
     lines = [line.strip() for line in text.strip().split("\n")]

@@ -6,7 +6,7 @@ import pytest
 import reference_seq2seq as naive
 import torch
 import torch.nn.functional as F
-from conftest import V, texts, tiny_translator
+from conftest import V, texts, tiny, tiny_translator
 from test_equivalence import RULES, by_steps, close, in_loops, same
 
 import cost
@@ -268,7 +268,7 @@ def test_translating_a_batch_is_translating_its_rows(model, rule):
 
 def test_beam_search_serves_prompts_of_a_gpt():
     """A beam that only knows one-token prompts and sources."""
-    from conftest import tiny
+
     model, prompts = tiny(), rows()
     found = decode.beam_search(model, prompts, [5, 5, 5], exits.full_depth, 2)
     for ((best, second), reads), prompt in zip(found, prompts, strict=True):
@@ -319,7 +319,6 @@ class Counter(torch.utils._python_dispatch.TorchDispatchMode):
 def test_flops_are_those_that_run(kind, rule):
     """The accounting against a hook on the matrix products of real decoding, token by token: copies are made
     when a later token attends to them."""
-    from conftest import tiny
     if "seq2seq" in kind:
         model = tiny_translator(routed="odd" if "routed" in kind else "none",
                                 classifier="separate" if "separate" in kind else "tied")
@@ -391,3 +390,49 @@ def test_bytes_of_a_full_pass():
     weights = 2 * (12 * 256 // 2 + 2 * 40 * 16 + V * 16) + 2 * 16 * 12
     cache = 2 * 16 * ((1 + 2) + 2 * 7 + 2 + 7)      # seen, of the source, written, source written
     assert found.bytes == 2 * (weights + cache)
+
+
+def test_a_source_serves_decoding_and_training():
+    """Keys and values made while decoding that training then cannot go back through, or that come in another
+    type; rows given in another order."""
+    model = tiny_translator().float()
+    for module in model.modules():
+        if hasattr(module, "rope"):
+            module.rope = module.rope.float()
+    ids, source = texts(1, rows=2, T=5), model.encode(texts(2, rows=2, T=7))
+    with torch.autocast("cpu", torch.bfloat16):
+        decode.generate(model, [[0], [0]], 3, exits.full_depth, source=source)
+    model.decode(source, ids).sum().backward()
+    assert model.blocks[0].cross.key_value.weight.grad.abs().sum() > 0
+    turned = source.select([1, 0], 1)
+    assert torch.equal(turned.states, source.states[[1, 0]])
+
+
+def test_shared_blocks_look_at_the_source_once():
+    """Keys and values of the source charged for each run of one block."""
+    model = tiny_translator(routed="none", share_blocks=True)
+    ids, source = texts(rows=1, T=6), model.encode(texts(5, rows=1, T=7))
+    with Counter() as counted:
+        read, _ = by_steps(model, ids, RULES["full"], source=source)
+    found = cost.decoding(model.config, V, read.visited[0].numpy(), read.exit_at[0].numpy(), "", 7, "needed")
+    assert found.flops == counted.flops > 0
+
+
+def test_a_full_cache_says_so():
+    """A token more than there is room for, written where nobody looks."""
+    model = tiny(routed="none")
+    past, ids = decode.Cache(model, 1, 4), texts(rows=1, T=5)
+    with pytest.raises(ValueError, match="holds 4 tokens"):
+        decode.read(model, ids, positions(ids), past, exits.full_depth, causal)
+
+
+def test_a_beam_sums_in_fp32():
+    """Scores of forty tokens in steps of a half, ranked by rounding."""
+    model = tiny_translator(routed="none").float()
+    for module in model.modules():
+        if hasattr(module, "rope"):
+            module.rope = module.rope.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        source = model.encode(texts(2, rows=1, T=7))
+        [(found, _)] = decode.beam_search(model, [[0]], [15], exits.full_depth, 2, source=source)
+    assert all((16 * t.score * 15) % 1 != 0 for t in found)
