@@ -428,12 +428,12 @@ def run_part(o, device):
     names = [f"confidence:{t}" for t in (0.3, 0.6, 0.9)] + ["learned"] * (model.halting is not None)
     yield from mixtures(o, device, model, ids, P, {n: run.rule_of(n, trained, model) for n in names})
     new = min(64, size - P - 1)
-    works = {"full": lambda: decode.generate(model, [prompt], new, full_depth, top=50)}
-    kept_of = {}
+    works, kept_of = {"full": lambda: [decode.generate(model, [prompt], new, full_depth, top=50, seed=s)
+                                       for s in range(4)]}, {}
     for E, ahead in itertools.product(range(1, L // 2 + 1), (2, 4, 6)):
         def work(E=E, ahead=ahead):
-            found = decode.speculate(model, prompt, new, E, ahead, top=50)
-            kept_of[E, ahead] = found.kept / found.drafted
+            found = [decode.speculate(model, prompt, new, E, ahead, top=50, seed=s) for s in range(4)]
+            kept_of[E, ahead] = sum(f.kept for f in found) / sum(f.drafted for f in found)
         works[E, ahead] = work
     times = in_turns(works, o.repeats, device)
     for (E, ahead), share in kept_of.items():

@@ -245,8 +245,7 @@ def random_exit(N, seed=0):
 def confidence(tau):
     """Leave after the first block whose most likely token has p > tau_n [DAT 3.2]; tau has N-1 entries."""
     def rule(seen):
-        logits = seen.read().float()
-        return (logits.amax(-1) - logits.logsumexp(-1)).exp() > tau[seen.n - 1]
+        return seen.read().float().softmax(-1).amax(-1) > tau[seen.n - 1]
     return rule
 
 
