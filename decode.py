@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from exits import Seen, fixed_exit, full_depth, nats
+from exits import Seen, full_depth, nats
 from model import Tokens, positions
 from routing import FAR, ROUTES, causal, confusion, numbered
 
@@ -194,11 +194,14 @@ class Call:
         self.L = len(self.blocks)
         self.x, self.first, self.at, self.inside = x, x, Tokens(pos), pos < FAR
         self.changed = cache.here.start is None
-        self.visits, self.left = [], []         # (n, rows, Visit) of blocks that chose; who left where
+        self.ran, self.score, self.worked = {}, {}, {}      # of blocks that chose, by number from 0: (B,T)
+        self.left = []                                      # who left where
 
-    @property
-    def rows(self):
-        return slice(None) if self.at.rows is None else self.at.rows
+    def of_all(self, of_some, missing):
+        """(n,T) of the rows that run -> (B,T)."""
+        if self.at.rows is None:
+            return of_some
+        return of_some.new_full(self.pos.shape, missing).index_copy_(0, self.at.rows, of_some)
 
     def anyone(self):
         """Let the rows drop out in which nobody is inside. -> is there any other?"""
@@ -221,8 +224,11 @@ class Call:
         past.fill(block)
         self.x, visit = block(self.x, self.at, past, route)
         self.first = self.x if n == 1 else self.first
-        if visit.score is not None or visit.choice is not None:
-            self.visits.append((n, self.rows, visit))
+        if visit.score is not None:
+            self.score[n - 1] = self.of_all(visit.score.float(), torch.nan)
+            self.ran[n - 1] = self.of_all(visit.ran, False)
+        if visit.choice is not None:
+            self.worked[n - 1] = self.of_all(visit.choice.expert >= 0, False)
 
     def leave(self, n, rule):
         """Those leave after block n that rule wants to, all after the last."""
@@ -261,16 +267,11 @@ class Call:
 
     def found(self):
         """-> Read, when nobody is inside any more."""
-        depth, here = torch.arange(self.L, device=self.pos.device), (self.pos < FAR).unsqueeze(-1)
-        exit_at, logits = self.emitted()
-        visited = here & (exit_at.unsqueeze(-1) > depth)
-        worked, score = torch.ones_like(visited), torch.full(visited.shape, torch.nan, device=depth.device)
-        for n, rows, visit in self.visits:
-            if visit.score is not None:
-                score[rows, :, n - 1] = visit.score.to(score.dtype)
-                visited[rows, :, n - 1] &= visit.ran
-            if visit.choice is not None:
-                worked[rows, :, n - 1] = visit.choice.expert >= 0
+        (exit_at, logits), here = self.emitted(), self.pos < FAR
+        unknown = torch.full(here.shape, torch.nan, device=here.device)
+        known = (self.ran, here), (self.worked, here), (self.score, unknown)
+        ran, worked, score = (torch.stack([of.get(n, rest) for n in range(self.L)], -1) for of, rest in known)
+        visited = ran & (exit_at.unsqueeze(-1) > torch.arange(self.L, device=here.device))
         return Read(logits, exit_at, visited, score, visited & worked)
 
 
@@ -423,16 +424,13 @@ def _rows(prompts, written, exits, visits):
 # ----------------------------------------------------------------------------- lossless drafts
 
 
-def verify(model, cache, E, start, route):
-    """Run the blocks above E, at once, on all tokens of a single text from slot `start` on, which left there
-    -> logits (T,V) of the last classifier, visited (1,T,L - E)."""
-    pos = cache.again(start)
-    call = Call(model, cache.states[:, cache.here.slot[0]], pos, cache)
-    for n in range(E + 1, call.L + 1):
+def climb(model, cache, x, pos, blocks, route):
+    """Run these blocks on all tokens of a call of a single text, nobody leaving: x (1,T,C), pos (1,T)
+    -> (1,T,C), visited (T, blocks)."""
+    call, here = Call(model, x, pos, cache), pos[0] < FAR
+    for n in blocks:
         call.run(n, route)
-    call.leave(call.L, None)
-    found = call.found()
-    return found.logits[0], found.visited[..., E:]
+    return call.x, torch.stack([call.ran.get(n - 1, here[None])[0] for n in blocks], -1)
 
 
 def accept(p, q, drafted, u):
@@ -478,14 +476,18 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
         for i in range(room + 1):
             t = cache.places.used[0]
             unread = torch.tensor([ids[t:]], device=device)
-            found = read(model, unread, positions(unread) + t, cache, fixed_exit(E), route)
-            below.append(found.visited[..., :E])
+            pos = positions(unread) + t
+            cache.enter(pos)
+            x, ran = climb(model, cache, model.embed(unread), pos, range(1, E + 1), route)
+            cache.leave(x)
+            below.append(ran)
             if i < room:
-                q.append(chances(found.logits[:, -1].cpu(), temperature, top))
+                q.append(chances(model.classifiers(E, x[:, -1]).cpu(), temperature, top))
                 ids.append(int(pick(q[-1], torch.from_numpy(rng.random(1)))))
         drafted += room
-        logits, above = verify(model, cache, E, start, route)
-        p = chances(logits[first - 1 - start:].cpu(), temperature, top)         # of ids[first], ...
+        pos = cache.again(start)
+        x, above = climb(model, cache, cache.states[:, cache.here.slot[0]], pos, range(E + 1, L + 1), route)
+        p = chances(model.classifiers(L, x[0, first - 1 - start:]).cpu(), temperature, top)     # of ids[first:]
         for i, u in enumerate(rng.random((len(q), 2))):
             same, token = accept(p[i], q[i][0], ids[first + i], u)
             kept += same
@@ -494,7 +496,7 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
                 break
         else:
             ids.append(int(pick(p[-1:], torch.from_numpy(rng.random(1)))))
-        visits.append(torch.cat([torch.cat(below, 1), above], -1)[0, :len(ids) - 1 - start])
+        visits.append(torch.cat([torch.cat(below), above], -1)[:len(ids) - 1 - start])
         start = len(ids) - 1                                                    # the last one is unread
         cache.drop(start)
     visited = torch.cat(visits).cpu().numpy()
