@@ -487,7 +487,7 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
         drafted += room
         pos = cache.again(start)
         x, above = climb(model, cache, cache.states[:, cache.here.slot[0]], pos, range(E + 1, L + 1), route)
-        p = chances(model.classifiers(L, x[0, first - 1 - start:]).cpu(), temperature, top)     # of ids[first:]
+        p = chances(model.classifiers(L, x[0, first - 1 - start:]).cpu(), temperature, top)
         for i, u in enumerate(rng.random((len(q), 2))):
             same, token = accept(p[i], q[i][0], ids[first + i], u)
             kept += same
