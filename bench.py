@@ -506,7 +506,7 @@ def draw(rows, folder):
                 low, middle, high = zip(*(r["time" if name == "speed" else "ms"] for r in found), strict=True)
                 ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
                 ax.plot(x, middle, "o-", color=color, label=line, ms=4)
-                ax.set_xticks(x)
+                ax.set_xticks(x, [f"{v:g}" for v in x], fontsize=7)
                 if name == "speed":
                     ax.plot(x, [r[r["ideal"]] for r in found], "--", color=color, lw=1)
             ax.set(xlabel=label, ylim=(0, None))
