@@ -44,7 +44,7 @@ def test_line_budget(capsys):
                      if (ROOT / f"{n}.py").exists()}
             each = ", ".join(f"{n} {k}" for n, k in lines.items())
             print(f"\n{title} {sum(lines.values())} lines: {each}")
-            assert sum(lines.values()) <= 2750
+            assert sum(lines.values()) <= 2800
 
 
 def test_no_function_is_long():
