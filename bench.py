@@ -92,15 +92,15 @@ def row(what, times, a, b=None, ideal="", counted=(0, 0, 0), curve=None):
 
 
 def work_of(model, prefix, exit_at, visited=None):
-    """Blocks, FLOPs and bytes of reading the token after `prefix` others, if all leave at exit_at; or of all
-    tokens that ran `visited` (T,L), given -> (3,)."""
+    """Blocks, FLOPs and bytes (3,) of reading the tokens that come after `prefix` others. exit_at: of all, or
+    (T,) of each; visited (T,L): the blocks they ran, None for one token more that runs all below its exit."""
     config, found = model.config, []
-    for T in (prefix, prefix + 1) if visited is None else (len(visited),):
-        depth = np.full(T, exit_at)
-        ran = np.arange(config.n_layer) < depth[:, None] if visited is None else visited
-        size = cost.decoding(config, model.vocab_size, ran, depth, copies="needed")
-        found.append(np.array([ran.sum(), size.flops, size.bytes]))
-    return found[-1] - found[0] if len(found) > 1 else found[0]
+    depth = np.broadcast_to(exit_at, prefix + 1 if visited is None else len(visited))
+    ran = np.arange(config.n_layer) < depth[:, None] if visited is None else visited
+    for T in (prefix, len(ran)):
+        size = cost.decoding(config, model.vocab_size, ran[:T], depth[:T], copies="needed")
+        found.append(np.array([ran[:T].sum(), size.flops, size.bytes]))
+    return found[1] - found[0]
 
 
 # ----------------------------------------------------------------------------- a plain model to compare with
@@ -203,7 +203,7 @@ def train_part(o, device):
 
 def many_exits(o, config, device):
     """Time at a vocabulary of 4,096, memory at 50,000."""
-    T, models = config.block_size, {}
+    T = config.block_size
     ids, targets = torch.randint(0, 4096, (2, o.batch, T), device=device)
     models = {e: GPT(replace(config, exits=e), 4096).to(device) for e in ("last", "all")}
     times = in_turns({e: (lambda m=m: step(m, ids, targets)) for e, m in models.items()}, o.repeats, device)
@@ -301,9 +301,9 @@ def gpt(o, device, **options):
     return GPT(GPTConfig(**sizes | {"routed": "none"} | options), o.vocab).to(device).eval()
 
 
-def gpt_mod(o, device, capacity, **options):
+def gpt_mod(o, device, capacity):
     """Every other block routed, the predictors' thresholds set on random text so that capacity is kept."""
-    model = gpt(o, device, routed="odd", capacity=capacity, **options)
+    model = gpt(o, device, routed="odd", capacity=capacity)
     ids = torch.randint(0, o.vocab, (4, min(256, o.block_size)), device=device)
     for n, (_, visit) in enumerate(model.states(Batch(ids, ids, positions(ids)))):
         if visit.guess is not None:
@@ -330,15 +330,12 @@ def plain_part(o, device):
                       "theirs", counted=(1, 1, 1))
 
 
-def mixed_work(model, prefix):
-    """As work_of, on average over exits spread evenly over the blocks, late copies included."""
-    L, rng = model.config.n_layer, np.random.default_rng(0)
-    depth = rng.integers(1, L + 1, prefix + 400)
-    ran = np.arange(L) < depth[:, None]
-    size = [cost.decoding(model.config, model.vocab_size, ran[:T], depth[:T], copies="needed")
-            for T in (prefix, prefix + 400)]
-    layers = ran[prefix:].sum() / 400
-    return np.array([layers, (size[1].flops - size[0].flops) / 400, 0])
+def mixed_work(model, prefix, more=400):
+    """As work_of, on average over exits spread evenly over the blocks, late copies included; of many texts at
+    once, whose bytes are not counted."""
+    L = model.config.n_layer
+    depth = np.random.default_rng(0).integers(1, L + 1, prefix + more)
+    return work_of(model, prefix, depth, np.arange(L) < depth[:, None]) / more * [1, 1, 0]
 
 
 @torch.no_grad()
@@ -375,8 +372,7 @@ def mod_part(o, device):
         model = gpt_mod(o, device, capacity)
         ids = torch.randint(0, o.vocab, (1, prefix + more * (o.repeats + 1)), device=device)
         ran = decode.read(model, ids, positions(ids), None, full_depth, causal).visited[0].cpu().numpy()
-        size = [work_of(m, 0, o.n_layer, v) - work_of(m, 0, o.n_layer, v[:prefix])
-                for m, v in ((model, ran), (dense, np.ones_like(ran)))]
+        size = [work_of(m, prefix, o.n_layer, v) for m, v in ((model, ran), (dense, np.ones_like(ran)))]
         times = in_turns({"mod": reader(model, 1, prefix, full_depth, more, ids),
                           "dense": reader(dense, 1, prefix, full_depth, more, ids)}, o.repeats, device)
         yield row(f"next {more}, {capacity:.1%} of every other block: over dense", times, "mod", "dense",
@@ -449,10 +445,10 @@ def mixtures(o, device, model, ids, P, rules):
     x = model.embed(ids[:, :1])
     works = {e: reader(model, 1, P, fixed_exit(e), T - P, ids) for e in range(1, L + 1)}
     works |= {name: reader(model, 1, P, rule, T - P, ids) for name, rule in rules.items()}
-    looks = {"look": lambda: [model.classifiers(1, x) for _ in range(T - P)]}
+    works["look"] = lambda: [model.classifiers(1, x) for _ in range(T - P)]
     block, at = getattr(model.blocks[0], "block", model.blocks[0]), Tokens(positions(x[..., 0]))
-    looks["copy"] = lambda: [block.attn.keys_values(block.ln1(x), at) for _ in range(T - P)]
-    times = in_turns(works | looks, o.repeats, device)
+    works["copy"] = lambda: [block.attn.keys_values(block.ln1(x), at) for _ in range(T - P)]
+    times = in_turns(works, o.repeats, device)
     for name, rule in rules.items():
         found = decode.read(model, ids, positions(ids), None, rule, causal)
         exit_at, visited = found.exit_at[0].cpu().numpy(), found.visited[0].cpu().numpy()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from exits import Seen, full_depth, nats
+from exits import Seen, full_depth, nats, precise
 from model import Tokens, positions
 from routing import FAR, ROUTES, causal, confusion, numbered
 
@@ -427,10 +427,10 @@ def _rows(prompts, written, exits, visits):
 def climb(model, cache, x, pos, blocks, route):
     """Run these blocks on all tokens of a call of a single text, nobody leaving: x (1,T,C), pos (1,T)
     -> (1,T,C), visited (T, blocks)."""
-    call, here = Call(model, x, pos, cache), pos[0] < FAR
+    call, here = Call(model, x, pos, cache), pos < FAR
     for n in blocks:
         call.run(n, route)
-    return call.x, torch.stack([call.ran.get(n - 1, here[None])[0] for n in blocks], -1)
+    return call.x, torch.stack([call.ran.get(n - 1, here)[0] for n in blocks], -1)
 
 
 def accept(p, q, drafted, u):
@@ -592,11 +592,6 @@ def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=
             for p, ended, each in zip(prompts, done, reads, strict=True)]
 
 
-def precise(logits):
-    """In fp32 or better: sums over many tokens are compared."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def extend(hypotheses, totals, places, V, beam, end, last):
     """One prompt's continuations from best to worst, place = hypothesis * V + token -> (those that are done,
     [(parent, hypothesis)] of those that go on)."""
@@ -625,12 +620,16 @@ def longest(S, block_size):
 
 
 @torch.inference_mode()
+def encoded(model, sources):
+    """Lists of source ids -> Source, and the most tokens that each translation may have."""
+    source = model.encode(*pad(sources, model.wte.weight.device))
+    return source, [longest(len(s), model.config.block_size) for s in sources]
+
+
 def translate(model, sources, end, rule, beam=5, penalty=1.0, route=causal, missing="copy"):
     """Lists of source ids, `end` the last of each -> for each the best Generated, which begins with `end`,
     and the Reads of its search."""
-    device = model.wte.weight.device
-    source = model.encode(*pad(sources, device))
-    new = [longest(len(s), model.config.block_size) for s in sources]
+    source, new = encoded(model, sources)
     found = beam_search(model, [[end]] * len(sources), new, rule, beam, route, penalty, end, source,
                         missing)
     return [(texts[0], reads) for texts, reads in found]

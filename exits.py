@@ -60,11 +60,16 @@ def exit_weights(kind, blocks):
     return [v / sum(w) for v in w]
 
 
+def precise(logits):
+    """In fp32 or better."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def nats(logits, targets):
     """-log p(target) of every token: logits (...,V), targets (...) -> (...), in fp32 or better; 0 for the
     target -1, padding."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=-1)
+    logits = precise(logits).flatten(0, -2)
+    loss = F.cross_entropy(logits, targets.flatten(), reduction="none", ignore_index=-1)
     return loss.view(targets.shape)
 
 
@@ -76,7 +81,7 @@ class SummedNats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, smoothing):
-        p = logits if logits.dtype == torch.float64 else logits.float()
+        p = precise(logits)
         there, targets = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
         p.sub_(p.amax(1, keepdim=True))
         wanted, mean = p.gather(1, targets), p.mean(1, keepdim=True) if smoothing else 0

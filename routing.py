@@ -88,9 +88,11 @@ def top_k(score, guess, live, capacity):
 def causal(score, guess, live, capacity):
     """Each token by its own guess > 0 [MoD 3.5], however many those are. guess (B,T) -> idx (B, most)."""
     run = guess > 0 if live is None else (guess > 0) & live
-    most = max(map(sum, run.tolist()))
-    place = torch.arange(run.size(1) if most else 0, device=run.device).expand(len(run), -1)
-    return in_time_order(place, run, run.size(1))[:, :most] if most else place
+    most = int(run.sum(1).max())
+    if most == 0:
+        return run.new_empty((len(run), 0), dtype=torch.long)
+    place = torch.arange(run.size(1), device=run.device).expand_as(run)
+    return in_time_order(place, run, run.size(1))[:, :most]
 
 
 ROUTES = {"top_k": top_k, "causal": causal}

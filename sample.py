@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
 import run
 from data.common import EOT, UserError, command, load_tokenizer
 from data.parallel import sentence, source_ids
-from decode import check_drafts, generate, longest, pad, speculate, translate
+from decode import check_drafts, encoded, generate, speculate, translate
 
 SHADES = (153, 159, 158, 157, 193, 229, 223, 217, 210, 203)     # of the 256 terminal colours: shallow to deep
 
@@ -146,15 +145,12 @@ def continuations(model, encoding, text, rule, options):
                     top=options.top_k or None, seed=options.seed, end=encoding.eot_token)
 
 
-@torch.inference_mode()
 def translations(model, encoding, text, rule, options):
     """Sentences, one a line -> (the sentences, their best Generated)."""
     lines = [line.strip() for line in text.strip().split("\n")]
     sources = source_ids(encoding, lines, model.config.block_size, "the prompt")
     if options.speculate:
-        new = [longest(len(s), model.config.block_size) for s in sources]
-        source = model.encode(*pad(sources, model.wte.weight.device))
-        end = encoding.eot_token
+        (source, new), end = encoded(model, sources), encoding.eot_token
         return lines, drafts(model, [[end]] * len(lines), new, options, end, source)
     best = translate(model, sources, encoding.eot_token, rule, options.beam, options.penalty)
     return lines, [text for text, _ in best]

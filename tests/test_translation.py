@@ -396,9 +396,6 @@ def test_a_source_serves_decoding_and_training():
     """Keys and values made while decoding that training then cannot go back through, or that come in another
     type; rows given in another order."""
     model = tiny_translator().float()
-    for module in model.modules():
-        if hasattr(module, "rope"):
-            module.rope = module.rope.float()
     ids, source = texts(1, rows=2, T=5), model.encode(texts(2, rows=2, T=7))
     with torch.autocast("cpu", torch.bfloat16):
         decode.generate(model, [[0], [0]], 3, exits.full_depth, source=source)
@@ -429,9 +426,6 @@ def test_a_full_cache_says_so():
 def test_a_beam_sums_in_fp32():
     """Scores of forty tokens in steps of a half, ranked by rounding."""
     model = tiny_translator(routed="none").float()
-    for module in model.modules():
-        if hasattr(module, "rope"):
-            module.rope = module.rope.float()
     with torch.autocast("cpu", torch.bfloat16):
         source = model.encode(texts(2, rows=1, T=7))
         [(found, _)] = decode.beam_search(model, [[0]], [15], exits.full_depth, 2, source=source)
