@@ -88,11 +88,11 @@ def top_k(score, guess, live, capacity):
 def causal(score, guess, live, capacity):
     """Each token by its own guess > 0 [MoD 3.5], however many those are. guess (B,T) -> idx (B, most)."""
     run = guess > 0 if live is None else (guess > 0) & live
-    most = int(run.sum(1).max())
-    if most == 0:
+    T, many = run.size(1), run.sum(1).tolist()
+    if max(many) == 0:
         return run.new_empty((len(run), 0), dtype=torch.long)
-    place = torch.arange(run.size(1), device=run.device).expand_as(run)
-    return in_time_order(place, run, run.size(1))[:, :most]
+    place = torch.arange(T, device=run.device).expand_as(run)
+    return place if min(many) == T else in_time_order(place, run, T)[:, :max(many)]
 
 
 ROUTES = {"top_k": top_k, "causal": causal}
@@ -144,6 +144,10 @@ class Routed(nn.Module):
         idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody
         if idx.size(1) == 0:
             return x, Visit(torch.zeros_like(score, dtype=torch.bool), score, guess)
+        if idx.size(1) == T and (idx[:, -1] < T).all():                     # everybody: nothing to gather
+            update, choice = self.block.residual(x, at, past, route)
+            y = x + (self.gate(score).unsqueeze(-1) * update).to(x.dtype)
+            return y, Visit(torch.ones_like(score, dtype=torch.bool), score, guess, choice)
         ran, rows = marked(idx, T), past.busy(idx < T)                      # n of B rows, None: all
         idx, y, gate, pos = (t if rows is None else t[rows] for t in (idx, x, score, at.pos))
         here, place = idx < T, idx.clamp(max=T - 1)
