@@ -341,7 +341,7 @@ def mixed_work(model, prefix, more=400):
 @torch.no_grad()
 def exits_part(o, device):
     """All exit at one block, against a model that has no more blocks, and against full depth; then many rows
-    at once, with exits spread evenly over the blocks."""
+    at once, exits spread evenly over the blocks, some tokens at a time since late copies come in fits."""
     model, prefix, L = gpt(o, device), 128, o.n_layer
     for e in sorted({max(1, L * i // 6) for i in range(1, 7)}):
         small = gpt(o, device, n_layer=e)
@@ -352,16 +352,16 @@ def exits_part(o, device):
         yield row(f"all exit at {e}: over a model of {e} blocks", times, "exit", "small", "bytes", (1, 1, 1))
         yield row(f"all exit at {e}: over full depth", times, "exit", "full", "bytes",
                   work_of(model, prefix, e) / work_of(model, prefix, L), ("exit", e, "all exit at one block"))
-    B = 16
+    B, more = 16, 8
     for prefix in (64, 256):
         spread = chosen(torch.randint(1, L + 1, (B, o.block_size), device=device))
-        times = in_turns({"spread": reader(model, B, prefix, spread),
-                          "nobody": reader(model, B, prefix, fixed_exit(L)),
-                          "full": reader(model, B, prefix, full_depth)}, o.repeats, device)
-        yield row(f"{B} rows, prefix {prefix}, exits spread evenly: over full depth", times, "spread", "full",
-                  "flops", mixed_work(model, prefix) / work_of(model, prefix, L))
-        yield row(f"{B} rows, prefix {prefix}, a rule but nobody exits: over full depth", times, "nobody",
-                  "full", "flops", (1, 1, 0))
+        times = in_turns({"spread": reader(model, B, prefix, spread, more),
+                          "nobody": reader(model, B, prefix, fixed_exit(L), more),
+                          "full": reader(model, B, prefix, full_depth, more)}, o.repeats, device)
+        yield row(f"next {more} of {B} rows, prefix {prefix}, exits spread evenly: over full depth", times,
+                  "spread", "full", "flops", mixed_work(model, prefix) / work_of(model, prefix, L))
+        yield row(f"next {more} of {B} rows, prefix {prefix}, a rule but nobody exits: over full depth",
+                  times, "nobody", "full", "flops", (1, 1, 0))
 
 
 @torch.no_grad()

@@ -55,6 +55,18 @@ class Places:
         return Slots(slot, rows, None)
 
 
+def in_steps(rows, used):
+    """Rows of a cache, ascending, as few slices (which of them, which rows of the cache, slots used)."""
+    found, i = [], 0
+    while i < len(rows):
+        j, step = i + 1, rows[i + 1] - rows[i] if i + 1 < len(rows) else 1
+        while j < len(rows) and rows[j] == rows[j - 1] + step and used[j] == used[i]:
+            j += 1
+        found.append((slice(i, j), slice(rows[i], rows[j - 1] + 1, step), used[i]))
+        i = j
+    return found
+
+
 class KV:
     """Keys and values of one block. A routed block has places of its own, of the tokens it ran; a dense one
     has those of the whole cache. There, tokens that left below it get the keys and values of their copied
@@ -101,9 +113,11 @@ class KV:
             used = [places.used[b] for b in numbers]
             self.kv[:, rows, :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)    # (n,T,2,nh,hs)
         if T == 1 and here.rows is not None and pos.device.type == "cpu":
-            rows = [self.kv.narrow(1, b, 1).narrow(3, 0, M) for b, M in zip(numbers, used, strict=True)]
-            return torch.cat([F.scaled_dot_product_attention(one, *row.to(q.dtype).unbind())
-                              for one, row in zip(q.split(1), rows, strict=True)])  # gathering costs more
+            done = []                                       # where they lie, since gathering costs more
+            for own, rows, M in in_steps(numbers, used):
+                past = self.kv[:, rows, :, :M].to(q.dtype)
+                done.append(F.scaled_dot_product_attention(q[own], *past.unbind()))
+            return torch.cat(done)
         M, seen = max(used), None       # a single token is the last of its row: it sees all that is there
         past = self.kv.narrow(3, 0, M) if here.rows is None else self.kv[:, here.rows, :, :M]
         if T > 1 or min(used) < M:

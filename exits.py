@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from linear import in_full, linear
-from routing import mixed_bits
+from routing import mixed_bits, numbered
 
 CHUNK = 2**22  # logits alive at a time while training (16 MB in fp32): reused memory instead of fresh pages
 
@@ -236,7 +236,8 @@ def fixed_exit(e):
 
 def chosen(exit_at):
     """Everybody leaves where exit_at (B,T) says, by row and position: an oracle's choice, or anybody's."""
-    return lambda seen: seen.own(exit_at).gather(1, seen.pos.clamp(max=exit_at.size(1) - 1)) <= seen.n
+    last = exit_at.size(1) - 1
+    return lambda seen: exit_at[numbered(seen.rows, seen.pos), seen.pos.clamp(max=last)] <= seen.n
 
 
 def random_exit(N, seed=0):

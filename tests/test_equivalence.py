@@ -11,7 +11,7 @@ from conftest import texts, tiny
 import decode
 import exits
 from data.batches import Batch
-from model import Tokens, positions
+from model import Now, Tokens, positions
 from routing import causal, top_k
 
 MODELS = {
@@ -205,6 +205,35 @@ def test_batch_is_rows(model):
             alone = decode.read(model, row, positions(row), None, exits.full_depth, route)
             assert torch.equal(whole.visited[b:b + 1], alone.visited)
             close(whole.logits[b:b + 1], alone.logits)
+
+
+def test_some_rows_of_a_cache_are_few_slices():
+    """Every row in its turn, rows of one slice equally full, and even distances in one slice."""
+    rng = np.random.default_rng(0)
+    for n in range(1, 13):
+        rows, used = sorted(rng.choice(12, n, replace=False).tolist()), rng.integers(5, 7, n).tolist()
+        found = decode.in_steps(rows, used)
+        assert [b for _, these, _ in found for b in range(12)[these]] == rows
+        assert [u for own, _, u in found for _ in range(n)[own]] == used
+        assert len(decode.in_steps(rows, [5] * n)) <= (n + 1) // 2
+    some = [(slice(0, 3), slice(1, 6, 2), 7), (slice(3, 4), slice(9, 10, 1), 7)]
+    assert decode.in_steps([1, 3, 5, 9], [7] * 4) == some
+
+
+@pytest.mark.parametrize("route", [top_k, causal])
+def test_running_everybody_is_running_a_part_that_is_all(route):
+    """A routed block gathers nothing when everybody runs; beside one that does not, the same is gathered."""
+    model = tiny(routed="all", capacity=1.0)
+    block, x = model.blocks[0], torch.randn(2, 6, 16, dtype=torch.float64)
+    with torch.no_grad():
+        block.predictor[-1].bias += 100
+        whole, visit = block(x, Tokens(positions(x[..., 0])), Now(), route)
+        live = torch.ones(2, 6, dtype=torch.bool)
+        live[1, 3:] = False
+        gathered, some = block(x, Tokens(positions(x[..., 0]), live), Now(), route)
+    assert visit.ran.all() and (some.ran == live).all()
+    close(gathered[live], whole[live])
+    close(gathered[~live], x[~live])
 
 
 def test_gradients_exit_by_exit_are_those_of_the_sum(model, monkeypatch):
