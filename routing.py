@@ -117,9 +117,9 @@ class Routed(nn.Module):
         self.gate = {"raw": lambda r: r, "sigmoid": torch.sigmoid, "one": torch.ones_like}[gate]
         self.router, self.predictor = None, None
         if random is None:
-            self.router = Linear(C, 1, bias=False)
+            self.router = nn.Linear(C, 1, bias=False)
             if hidden:
-                self.predictor = nn.Sequential(Linear(C, hidden), nn.SiLU(), Linear(hidden, 1))
+                self.predictor = nn.Sequential(Linear(C, hidden), nn.SiLU(), nn.Linear(hidden, 1))
 
     def chance(self, at):
         """-> score (B,T), guess (B,T) of the random control: noise, drawn anew while training as
