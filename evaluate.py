@@ -76,7 +76,7 @@ def under_rule(model, batches, name, trained, context, missing):
                   "nats": exits.nats(found.logits, batch.targets), "entropy": entropy(found.logits),
                   "exit_at": found.exit_at.byte(),
                   "right": found.logits.argmax(-1) == batch.targets,
-                  "visited": found.visited, "worked": found.worked, "score": found.score.float()}
+                  "visited": found.visited, "worked": found.worked, "score": found.score}
         parts.append({k: widen(v.cpu().numpy(), T, -1 if k == "targets" else 0) for k, v in arrays.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
@@ -113,7 +113,7 @@ def kinds_in(data, trained):
 
 def entropy(logits):
     """logits (...,V) -> (...) nats."""
-    logp = logits.float().log_softmax(-1)
+    logp = exits.precise(logits).log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
 
 
@@ -141,9 +141,9 @@ def exit_scores(model, batch):
     """Teacher forcing, nobody leaving -> nats, right, confidence of every exit, each (B,T,N)."""
     found = []
     for n, (h, _) in enumerate(model.states(batch, causal), 1):
-        logits = model.classifiers(n, h).float()
+        logits = model.classifiers(n, h)
         found.append((exits.nats(logits, batch.targets), logits.argmax(-1) == batch.targets,
-                      logits.softmax(-1).amax(-1)))
+                      exits.certainty(logits)))
     return (torch.stack(parts, -1) for parts in zip(*found, strict=True))
 
 

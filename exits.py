@@ -65,6 +65,11 @@ def precise(logits):
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def certainty(logits):
+    """p of the most likely token: logits (...,V) -> (...), in fp32 or better."""
+    return precise(logits).softmax(-1).amax(-1)
+
+
 def nats(logits, targets):
     """-log p(target) of every token: logits (...,V), targets (...) -> (...), in fp32 or better; 0 for the
     target -1, padding."""
@@ -250,9 +255,7 @@ def random_exit(N, seed=0):
 
 def confidence(tau):
     """Leave after the first block whose most likely token has p > tau_n [DAT 3.2]; tau has N-1 entries."""
-    def rule(seen):
-        return seen.read().float().softmax(-1).amax(-1) > tau[seen.n - 1]
-    return rule
+    return lambda seen: certainty(seen.read()) > tau[seen.n - 1]
 
 
 def learned(halting, threshold=0.5):
