@@ -23,9 +23,10 @@ class Slots(NamedTuple):
     rows: torch.Tensor | None   # (n,) the rows they belong to, None: all
     start: int | None           # every row has the slots start .. start + T - 1; None: not so regular
 
-    def numbers(self):
-        """Those rows, as integers."""
-        return range(len(self.slot)) if self.rows is None else self.rows.tolist()
+
+def integers(rows, n):
+    """The numbers of n rows, a tensor (n,) or None: all -> as integers."""
+    return range(n) if rows is None else rows.tolist()
 
 
 class Places:
@@ -39,7 +40,7 @@ class Places:
 
     def enter(self, pos, rows=None):
         """Give tokens at pos (n,T), of these rows (n,) or of all, the next slots of their rows -> Slots."""
-        numbers = range(len(pos)) if rows is None else rows.tolist()
+        numbers = integers(rows, len(pos))
         used, more = [self.used[b] for b in numbers], [sum(p < FAR for p in row) for row in pos.tolist()]
         if max(map(int.__add__, used, more)) >= self.pos.size(1):
             raise ValueError(f"no room: this cache holds {self.pos.size(1) - 1} tokens of each text")
@@ -90,7 +91,8 @@ class KV:
         """Make what is missing below this call's tokens, of all rows that run in one product."""
         if self.places is not None:
             return
-        rows, before = self.cache.here.numbers(), self.cache.before
+        here, before = self.cache.here, self.cache.before
+        rows = integers(here.rows, len(here.slot))
         pending = [(b, j) for b in rows for j in range(self.filled[b], before[b])]
         for b in rows:
             self.filled[b] = self.cache.places.used[b]
@@ -109,7 +111,7 @@ class KV:
             used = [here.start + T]
             self.kv.narrow(3, here.start, T).copy_(kv)
         else:
-            rows, numbers = numbered(here.rows, pos), here.numbers()
+            rows, numbers = numbered(here.rows, pos), integers(here.rows, len(pos))
             used = [places.used[b] for b in numbers]
             self.kv[:, rows, :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)    # (n,T,2,nh,hs)
         if T == 1 and here.rows is not None and pos.device.type == "cpu":
