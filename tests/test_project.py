@@ -39,12 +39,12 @@ def test_ruff():
 def test_line_budget(capsys):
     """Growth is a decision; see LOG.md for the last one."""
     with capsys.disabled():
-        for title, names in (("core", CORE), ("instruments", INSTRUMENTS)):
+        for title, names, most in (("core", CORE, 2800), ("instruments", INSTRUMENTS, 2750)):
             lines = {n: len((ROOT / f"{n}.py").read_text("utf-8").splitlines()) for n in names
                      if (ROOT / f"{n}.py").exists()}
             each = ", ".join(f"{n} {k}" for n, k in lines.items())
             print(f"\n{title} {sum(lines.values())} lines: {each}")
-            assert sum(lines.values()) <= 2800
+            assert sum(lines.values()) <= most
 
 
 def test_no_function_is_long():

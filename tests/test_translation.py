@@ -268,7 +268,6 @@ def test_translating_a_batch_is_translating_its_rows(model, rule):
 
 def test_beam_search_serves_prompts_of_a_gpt():
     """A beam that only knows one-token prompts and sources."""
-
     model, prompts = tiny(), rows()
     found = decode.beam_search(model, prompts, [5, 5, 5], exits.full_depth, 2)
     for ((best, second), reads), prompt in zip(found, prompts, strict=True):
