@@ -144,8 +144,8 @@ def balance(n, N, gamma):
 def sequence_oracle(score, live, cost):
     """argmax_n sum_t score_t^n - cost n, one exit for a whole row [DAT 3.1]; ties go to the lowest exit.
     score (B,T,N), live (B,T) -> exit_at (B,T). cost is in units of the summed score."""
-    exit_at = price(score.masked_fill(~live.unsqueeze(-1), 0).sum(1, keepdim=True), cost).argmax(-1) + 1
-    return exit_at.expand(live.shape)
+    total = score.masked_fill(~live.unsqueeze(-1), 0).sum(1, keepdim=True)              # (B,1,N)
+    return token_oracle(total, live.any(1, keepdim=True), cost).expand(live.shape)
 
 
 def token_oracle(score, live, cost, sigma=0.0):
@@ -155,12 +155,8 @@ def token_oracle(score, live, cost, sigma=0.0):
     if sigma > 0:
         t = torch.arange(score.size(1), device=score.device)
         score = torch.exp(-(t[:, None] - t).square() / sigma).to(score.dtype) @ score
-    return price(score, cost).argmax(-1) + 1
-
-
-def price(score, cost):
-    """score (...,N) - cost n."""
-    return score - cost * torch.arange(1, score.size(-1) + 1, device=score.device, dtype=score.dtype)
+    n = torch.arange(1, score.size(-1) + 1, device=score.device, dtype=score.dtype)
+    return (score - cost * n).argmax(-1) + 1
 
 
 # ----------------------------------------------------------------------------- learned exits
