@@ -216,13 +216,7 @@ def check(options):
     for width, heads in (("n_embd", "n_head"), ("enc_embd", "enc_head")):
         if value[width] % (2 * value[heads]):
             raise UserError(f"--{width} {value[width]} is not an even multiple of --{heads} {value[heads]}")
-    if options.translate and m.embeddings == "tied" and m.enc_embd != m.n_embd:
-        raise UserError(f"--enc_embd {m.enc_embd} and --n_embd {m.n_embd} differ: source and target cannot "
-                        "share one table: use --embeddings separate")
     refuse_combinations(options)
-    if not options.translate and options.batch % options.accumulate:
-        raise UserError(f"--batch {options.batch} cannot be cut into {options.accumulate} equal pieces "
-                        f"(--accumulate)")
     try:
         m.routed_blocks()
     except ValueError as e:
@@ -254,6 +248,11 @@ def refuse_combinations(options):
         (options.schedule == "inverse_sqrt" and not options.warmup,
          "--schedule inverse_sqrt needs --warmup: the rate falls with sqrt(warmup / step)"),
         (m.experts == 1 and not m.noops, "--experts 1 leaves no choice: give more, or --noops"),
+        (options.translate and m.embeddings == "tied" and m.enc_embd != m.n_embd,
+         f"--enc_embd {m.enc_embd} and --n_embd {m.n_embd} differ: source and target cannot share one table: "
+         "use --embeddings separate"),
+        (not options.translate and options.batch % options.accumulate,
+         f"--batch {options.batch} cannot be cut into {options.accumulate} equal pieces (--accumulate)"),
     ):
         if wrong:
             raise UserError(said)
@@ -435,11 +434,9 @@ def write_text(path, text):
 
 def environment(device):
     """What a result depends on besides its options."""
-    try:
-        git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
+    git, commit = ["git", "-C", HERE, "describe", "--always", "--dirty"], ""
+    with contextlib.suppress(OSError):      # no git on this machine
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:         # no git on this machine
-        commit = ""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     return {"torch": torch.__version__, "python": platform.python_version(),
             "device": f"{device.type} {name}", "threads": torch.get_num_threads(),

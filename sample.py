@@ -53,29 +53,16 @@ def shade(depth, L):
 
 def paint(texts, depths, L):
     """Strings and block counts (None: plain) -> one string with terminal colours, line ends left plain."""
-    out = []
-    for text, depth in zip(texts, depths, strict=True):
-        if depth is None:
-            out.append(text)
-            continue
-        start = f"\033[30;48;5;{shade(depth, L)}m"
-        out.append("\n".join(f"{start}{line}\033[0m" if line else "" for line in text.split("\n")))
-    return "".join(out)
-
-
-def use_color(wish):
-    if wish == "auto":
-        return sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    return wish == "always"
+    starts = ["" if depth is None else f"\033[30;48;5;{shade(depth, L)}m" for depth in depths]
+    return "".join("\n".join(f"{start}{line}\033[0m" if line else "" for line in text.split("\n")) if start
+                   else text for text, start in zip(texts, starts, strict=True))
 
 
 @command
 def main(argv=None):
     options = run.parse(argv, Options)
-    if options.tokens < 1 or options.samples < 1:
-        raise UserError("--tokens and --samples must be at least 1")
-    if options.beam < 1:
-        raise UserError("--beam must be at least 1; 1 is greedy")
+    if min(options.tokens, options.samples, options.beam) < 1:
+        raise UserError("--tokens, --samples and --beam must be at least 1")
     if not (0 <= options.temperature < float("inf")) or options.top_k < 0 or options.seed < 0:
         raise UserError("--temperature, --top_k and --seed must be at least 0")
     folder, trained, _, model = run.open_run(options.run, options.out, options.device)
@@ -91,16 +78,15 @@ def main(argv=None):
         run.refuse(options, ("ahead",), "nothing is drafted without --speculate")
     named = options.named(trained) if not options.speculate else "full"
     rule = run.rule_of(named, trained, model)
-    text, color = options.prompt, use_color(options.color)
+    seen = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    text, color = options.prompt, seen if options.color == "auto" else options.color == "always"
     if text is None:
         text = run.read_json(folder / "meta.json", "prompt")
         text = text[trained.translate.split("-")[0]] if trained.translate else text
     elif text == "-":
         text = sys.stdin.read()
-    if trained.translate:
-        lines, rows = translations(model, encoding, text, rule, options)
-    else:
-        lines, rows = None, continuations(model, encoding, text, rule, options)
+    write = translations if trained.translate else continuations
+    lines, rows = write(model, encoding, text, rule, options)
     show(rows, lines, encoding, L, f"{folder}, {named}", color)
     keep(rows, lines, encoding, folder)
 
@@ -128,7 +114,7 @@ def drafts(model, prompts, new, options, end, source=None):
 
 
 def continuations(model, encoding, text, rule, options):
-    """Text -> `samples` Generated that begin with it."""
+    """Text -> None, `samples` Generated that begin with it."""
     prompt, room = encoding.encode_ordinary(text), model.config.block_size
     if not prompt:
         raise UserError("the prompt is empty: give --prompt at least one character")
@@ -140,9 +126,9 @@ def continuations(model, encoding, text, rule, options):
         print(f"(room for {new} new tokens: the context is {room})", file=sys.stderr)
     prompts = [prompt] * options.samples
     if options.speculate:
-        return drafts(model, prompts, [new] * len(prompts), options, encoding.eot_token)
-    return generate(model, prompts, new, rule, temperature=options.temperature,
-                    top=options.top_k or None, seed=options.seed, end=encoding.eot_token)
+        return None, drafts(model, prompts, [new] * len(prompts), options, encoding.eot_token)
+    return None, generate(model, prompts, new, rule, temperature=options.temperature,
+                          top=options.top_k or None, seed=options.seed, end=encoding.eot_token)
 
 
 def translations(model, encoding, text, rule, options):

@@ -279,11 +279,9 @@ def finish(folder, options):
         print(f"\n$ python {script} --run {folder}", flush=True)
         subprocess.run([sys.executable, run.HERE / script, "--run", folder, *more], check=False)
     files = sorted(p.name for p in folder.iterdir())
-    wish = "--prompt \"import\" --temperature 0.5"
-    if options.translate:
-        wish = f"--prompt \"...\"      ({options.translate})"
+    wish = f'"..."      ({options.translate})' if options.translate else '"import" --temperature 0.5'
     print(f"\nEverything is in {folder}: {', '.join(files)}\n"
-          f"Next: python sample.py --run {folder} {wish}\n"
+          f"Next: python sample.py --run {folder} --prompt {wish}\n"
           f"      python plot.py --run {folder} --window 3 --first 0\n"
           f"      python train.py --help")
 
