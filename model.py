@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from exits import Classifiers, Halting
 from experts import Experts
-from linear import Linear, linear
+from linear import Linear, gelu, linear
 from routing import FAR, Routed, Visit, top_k
 
 
@@ -220,7 +220,7 @@ class MLP(nn.Module):
 
     def forward(self, x, pos, route):
         """x (B,T,C) -> (B,T,C), None: there was nothing to choose, as there is among Experts."""
-        return self.proj(F.gelu(self.fc(x))), None
+        return self.proj(gelu(self.fc(x))), None
 
 
 class Block(nn.Module):

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear import Linear, in_full
+from linear import Linear, gelu, in_full
 from model import GPT, Block, GPTConfig, Now, Source, Tokens, positions
 
 
@@ -28,6 +28,26 @@ def test_few_tokens_are_as_many(n, out):
             for a, b in zip(*(torch.autograd.grad(y.square().sum(), params) for y in (got, wanted)),
                             strict=True):
                 assert torch.allclose(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 16, 17])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gelu_of_few_tokens_is_the_same_and_leaves_the_setting_alone(n, enabled, monkeypatch):
+    """Another GELU; oneDNN off for everything that comes after; a setting of the user's turned on."""
+    def watched(x):
+        seen.append(torch.backends.mkldnn.enabled)
+        return honest(x)
+
+    seen, x, honest = [], torch.randn(n, 1, 48), F.gelu
+    monkeypatch.setattr(F, "gelu", watched)
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, enabled
+    try:
+        y = gelu(x)
+        assert torch.backends.mkldnn.enabled == enabled
+    finally:
+        torch.backends.mkldnn.enabled = before
+    assert seen == [enabled and n > 16]
+    torch.testing.assert_close(y, x * torch.special.ndtr(x))
 
 
 def test_decisions_are_made_in_full():
