@@ -19,7 +19,7 @@ from routing import FAR, ROUTES, causal, confusion, numbered
 
 class Slots(NamedTuple):
     """Where the tokens of a call, (n,T), stand in a cache."""
-    slot: torch.Tensor          # (n,T), the cache's last slot for tokens that are not there
+    slot: torch.Tensor          # (n,T), -1 for tokens that are not there: the last of every buffer
     rows: torch.Tensor | None   # (n,) the rows they belong to, None: all
     start: int | None           # every row has the slots start .. start + T - 1; None: not so regular
 
@@ -51,7 +51,7 @@ class Places:
             self.pos[:, start:end] = pos
             return Slots(torch.arange(start, end, device=pos.device).expand_as(pos), None, start)
         here, first = pos < FAR, torch.tensor(used, device=pos.device).unsqueeze(1)
-        slot = torch.where(here, first + here.cumsum(1) - 1, self.pos.size(1) - 1)
+        slot = torch.where(here, first + here.cumsum(1) - 1, -1)
         self.pos[numbered(rows, pos), slot] = pos
         return Slots(slot, rows, None)
 
@@ -76,7 +76,7 @@ class KV:
     def __init__(self, cache, routed, n_head, hs, dtype):
         (B, slots), device = cache.places.pos.shape, cache.places.pos.device
         self.cache, self.places = cache, Places(B, slots - 1, device) if routed else None
-        self.kv = torch.zeros(2, B, n_head, slots, hs, device=device, dtype=dtype)
+        self.kv = torch.zeros(2, B, n_head, 1, hs, device=device, dtype=dtype)      # and what `room` adds
         self.filled = [0] * B           # of a dense block: the slots of each row that have keys and values
 
     source = property(lambda self: self.cache.source)       # what a Seq2Seq looks across at
@@ -86,6 +86,12 @@ class KV:
         """Rows of here (n,k) in which anybody is, None: in all; the others need not run."""
         some = here.any(1)
         return None if some.all() else some.nonzero()[:, 0]
+
+    def room(self, slots, step=64):
+        """Let every row have this many slots at least, and the one that catches tokens that are not there."""
+        more = slots + 1 - self.kv.size(3)
+        if more > 0:
+            self.kv = F.pad(self.kv, (0, 0, 0, -(-more // step) * step))
 
     def fill(self, block):
         """Make what is missing below this call's tokens, of all rows that run in one product."""
@@ -97,6 +103,7 @@ class KV:
         for b in rows:
             self.filled[b] = self.cache.places.used[b]
         if pending:
+            self.room(max(self.filled[b] for b in rows))
             b, j = torch.tensor(pending, device=self.kv.device).unbind(1)                   # (P,)
             x, at = self.cache.states[b, j], Tokens(self.cache.places.pos[b, j][None])
             kv = block.attn.keys_values(block.ln1(x)[None], at)                             # (2,1,nh,P,hs)
@@ -109,10 +116,12 @@ class KV:
         here = self.cache.here if self.places is None else places.enter(pos, at.rows)
         if here.start is not None:
             used = [here.start + T]
+            self.room(used[0])
             self.kv.narrow(3, here.start, T).copy_(kv)
         else:
             rows, numbers = numbered(here.rows, pos), integers(here.rows, len(pos))
             used = [places.used[b] for b in numbers]
+            self.room(max(used))
             self.kv[:, rows, :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)    # (n,T,2,nh,hs)
         if T == 1 and here.rows is not None and pos.device.type == "cpu":
             done = []                                       # where they lie, since gathering costs more
@@ -129,8 +138,8 @@ class KV:
 
 
 class Cache:
-    """What a model remembers of B texts of at most `size` tokens; cache[n] is the KV of block n from 0. Room
-    is set aside for all of them in every block, whether the tokens will run it or not.
+    """What a model remembers of B texts of at most `size` tokens; cache[n] is the KV of block n from 0. Keys
+    and values take memory as tokens come to a block, so less where capacity is low or exits are early.
 
     before: slots used by each row before this call. call, here: Slots of the call's tokens; of the rows that
     still run.
@@ -215,9 +224,8 @@ class Call:
 
     def of_all(self, of_some, missing):
         """(n,T) of the rows that run -> (B,T)."""
-        if self.at.rows is None:
-            return of_some
-        return of_some.new_full(self.pos.shape, missing).index_copy_(0, self.at.rows, of_some)
+        rows, new = self.at.rows, of_some.new_full
+        return of_some if rows is None else new(self.pos.shape, missing).index_copy_(0, rows, of_some)
 
     def anyone(self):
         """Let the rows drop out in which nobody is inside. -> is there any other?"""
@@ -285,8 +293,9 @@ class Call:
         """-> Read, when nobody is inside any more."""
         (exit_at, logits), here = self.emitted(), self.pos < FAR
         unknown = torch.full(here.shape, torch.nan, device=here.device)
-        known = (self.ran, here), (self.worked, here), (self.score, unknown)
-        ran, worked, score = (torch.stack([of.get(n, rest) for n in range(self.L)], -1) for of, rest in known)
+        ran, worked, score = (torch.stack([of.get(n, rest) for n in range(self.L)], -1) if of else
+                              rest.unsqueeze(-1).expand(-1, -1, self.L)
+                              for of, rest in ((self.ran, here), (self.worked, here), (self.score, unknown)))
         visited = ran & (exit_at.unsqueeze(-1) > torch.arange(self.L, device=here.device))
         return Read(logits, exit_at, visited, score, visited & worked)
 

@@ -108,19 +108,40 @@ def test_7_a_single_token_can_go_around():
     assert decode.generate.__defaults__[0] is causal
 
 
+@pytest.mark.parametrize("step", [1, 3, 64])
 @pytest.mark.parametrize("size", [16, 40])
-def test_8_empty_slots_are_never_seen(size):
-    """8: zero keys attended; garbage in every slot that nobody filled must not change anything."""
+def test_8_empty_slots_are_never_seen(size, step, monkeypatch):
+    """8: zero keys attended; garbage in every slot that nobody filled must not change anything, nor how much
+    room is added at a time."""
+    def room_with_garbage(kv, slots):
+        before = kv.kv.size(3) - 1
+        honest(kv, slots, step)
+        kv.kv[0, :, :, before:], kv.kv[1, :, :, before:] = 37.0, -99.0
+
+    honest = decode.KV.room
+    monkeypatch.setattr(decode.KV, "room", room_with_garbage)
     model, ids = tiny(), texts(rows=2)
     past = decode.Cache(model, 2, size)
-    for kv in past:
-        kv.kv[0], kv.kv[1] = 37.0, -99.0
     found = [decode.read(model, ids[:, t:t + 1], positions(ids)[:, t:t + 1], past, exits.full_depth, causal)
              for t in range(16)]
     clean = decode.read(model, ids, positions(ids), None, exits.full_depth, causal)
     torch.testing.assert_close(torch.cat([f.logits for f in found], 1), clean.logits)
     ran = clean.visited.sum(1)                                                          # (B,L)
     assert torch.equal(torch.tensor([kv.used for kv in past]).T, ran)
+
+
+def test_keys_and_values_take_memory_as_tokens_come():
+    """Room for a whole text in a block that runs an eighth of it, or in one that nobody comes to."""
+    model, ids = tiny(n_layer=4, block_size=512), texts(rows=2, T=400)
+    for rule, reached in ((exits.full_depth, 4), (exits.fixed_exit(2), 2)):
+        past = decode.Cache(model, 2, 400)
+        for part in ids.split(40, 1):
+            pos = positions(part) + past.places.used[0]
+            decode.read(model, part, pos, past, rule, causal)
+        room = [kv.kv.size(3) - 1 for kv in past]
+        ran = [max(kv.used) for kv in past]
+        assert room[reached:] == [0] * (4 - reached) and room[0] >= 400
+        assert all(ran[n] <= room[n] < ran[n] + 64 for n in range(reached)) and 0 < room[1] < 400
 
 
 def test_9_the_router_learns_from_the_language_model():
