@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear import Linear, in_full
+from linear import Linear, in_full, linear
 
 FAR = 2**30  # the position of a token that is not there (padding, or not selected): nothing attends to it
 
@@ -88,7 +88,7 @@ def top_k(score, guess, live, capacity):
 def causal(score, guess, live, capacity):
     """Each token by its own guess > 0 [MoD 3.5], however many those are. guess (B,T) -> idx (B, most)."""
     run = guess > 0 if live is None else (guess > 0) & live
-    T, many = run.size(1), run.sum(1).tolist()
+    T, many = run.size(1), [*map(sum, run.tolist())]
     if max(many) == 0:
         return run.new_empty((len(run), 0), dtype=torch.long)
     place = torch.arange(T, device=run.device).expand_as(run)
@@ -130,17 +130,19 @@ class Routed(nn.Module):
             score = gaussian(((mixed_bits(at.pos, self.random, at.rows) >> 9) + 0.5) / 2**23)
         return score, score - gaussian(torch.tensor(1 - self.capacity, device=score.device))
 
-    def scores(self, x, at):
-        """x (B,T,C) -> score (B,T), guess (B,T), in the parameters' precision even under autocast."""
-        if self.router is None:
-            return self.chance(at)
-        score = in_full(self.router, x).squeeze(-1)
-        return score, score if self.predictor is None else in_full(self.predictor, x.detach()).squeeze(-1)
+    def look(self, x):
+        """x (B,T,C) -> score (B,T), guess (B,T). What skipped tokens cost: no module is called."""
+        score = F.linear(x, self.router.weight).squeeze(-1)
+        if self.predictor is None:
+            return score, score
+        first, _, last = self.predictor
+        hidden = F.silu(linear(x.detach(), first.weight, first.bias))
+        return score, F.linear(hidden, last.weight, last.bias).squeeze(-1)
 
     def forward(self, x, at, past, route):
         """x (B,T,C) -> (x, Visit). A token that does not run leaves nothing behind in `past`."""
         B, T, C = x.shape                                                   # k tokens kept
-        score, guess = self.scores(x, at)
+        score, guess = self.chance(at) if self.router is None else in_full(self, x, self.look)
         idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody
         if idx.size(1) == 0:
             return x, Visit(torch.zeros_like(score, dtype=torch.bool), score, guess)
