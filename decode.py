@@ -249,7 +249,7 @@ class Call:
         self.x, visit = block(self.x, self.at, past, route)
         self.first = self.x if n == 1 else self.first
         if visit.score is not None:
-            self.score[n - 1] = self.of_all(visit.score.float(), torch.nan)
+            self.score[n - 1] = self.of_all(visit.score, torch.nan)
             self.ran[n - 1] = self.of_all(visit.ran, False)
         if visit.choice is not None:
             self.worked[n - 1] = self.of_all(visit.choice.expert >= 0, False)
@@ -260,7 +260,7 @@ class Call:
         if n < self.L:
             states, source = [self.first, self.x], self.cache.source
             who = who & rule(Seen(n, states, looked, self.at.pos, source, self.at.rows))
-            if not who.any():
+            if not any(map(any, who.tolist())):
                 return
             if self.missing == "copy":
                 self.cache.leave(self.x)
@@ -297,7 +297,7 @@ class Call:
                               rest.unsqueeze(-1).expand(-1, -1, self.L)
                               for of, rest in ((self.ran, here), (self.worked, here), (self.score, unknown)))
         visited = ran & (exit_at.unsqueeze(-1) > torch.arange(self.L, device=here.device))
-        return Read(logits, exit_at, visited, score, visited & worked)
+        return Read(logits, exit_at, visited, score.float(), visited & worked)
 
 
 @torch.inference_mode()
