@@ -439,13 +439,16 @@ def run_part(o, device):
 
 def mixtures(o, device, model, ids, P, rules):
     """Reading ids (1,T), the first P at once and then token by token. Calibrated: a token that leaves at e
-    costs what it does if all leave at e, a look what a classifier costs alone, and all late copies of a
-    block, made at once, what the keys and values of one token cost alone."""
-    L, T = len(model.blocks), ids.size(1)
-    x = model.embed(ids[:, :1])
+    costs what it does if all leave at e, a look what full depth gains in time if every classifier is read,
+    and all late copies of a block, made at once, what the keys and values of one token cost alone."""
+    def look(seen):
+        seen.read()
+        return full_depth(seen)
+
+    L, T, x = len(model.blocks), ids.size(1), model.embed(ids[:, :1])
     works = {e: reader(model, 1, P, fixed_exit(e), T - P, ids) for e in range(1, L + 1)}
     works |= {name: reader(model, 1, P, rule, T - P, ids) for name, rule in rules.items()}
-    works["look"] = lambda: [model.classifiers(1, x) for _ in range(T - P)]
+    works["look"] = reader(model, 1, P, look, T - P, ids)
     block, at = getattr(model.blocks[0], "block", model.blocks[0]), Tokens(positions(x[..., 0]))
     works["copy"] = lambda: [block.attn.keys_values(block.ln1(x), at) for _ in range(T - P)]
     times = in_turns(works, o.repeats, device)
@@ -456,7 +459,7 @@ def mixtures(o, device, model, ids, P, rules):
         exit_at, copies = exit_at[P:], (pending > 0).sum()
         seen = (exit_at - 1).sum() if name.startswith("confidence") else 0
         times["ideal"] = sum(times[e] * (exit_at == e).mean() for e in range(1, L + 1)) \
-            + times["look"] * seen / (T - P) + times["copy"] * copies / (T - P)
+            + (times["look"] - times[L]) * seen / (L - 1) / (T - P) + times["copy"] * copies / (T - P)
         what = f"{name}, mean exit {exit_at.mean():.2f} of {L}: over"
         yield row(f"{what} the same exits unmixed, looks, copies", times, name, "ideal")
         yield row(f"{what} full depth", times, name, L, "layers", (exit_at.mean() / L, 0, 0))
