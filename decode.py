@@ -224,8 +224,9 @@ class Call:
 
     def of_all(self, of_some, missing):
         """(n,T) of the rows that run -> (B,T)."""
-        rows, new = self.at.rows, of_some.new_full
-        return of_some if rows is None else new(self.pos.shape, missing).index_copy_(0, rows, of_some)
+        if self.at.rows is None:
+            return of_some
+        return of_some.new_full(self.pos.shape, missing).index_copy_(0, self.at.rows, of_some)
 
     def anyone(self):
         """Let the rows drop out in which nobody is inside. -> is there any other?"""
@@ -260,7 +261,7 @@ class Call:
         if n < self.L:
             states, source = [self.first, self.x], self.cache.source
             who = who & rule(Seen(n, states, looked, self.at.pos, source, self.at.rows))
-            if not any(map(any, who.tolist())):
+            if not who.any():
                 return
             if self.missing == "copy":
                 self.cache.leave(self.x)

@@ -136,7 +136,7 @@ class Routed(nn.Module):
         if self.predictor is None:
             return score, score
         first, _, last = self.predictor
-        hidden = F.silu(linear(x.detach() if x.requires_grad else x, first.weight, first.bias))
+        hidden = F.silu(linear(x.detach(), first.weight, first.bias))
         return score, F.linear(hidden, last.weight, last.bias).squeeze(-1)
 
     def forward(self, x, at, past, route):

@@ -224,7 +224,7 @@ def check(options):
 
 
 def refuse_combinations(options):
-    """Methods that exclude each other."""
+    """Methods, or sizes, that exclude each other."""
     m, objective = options.model, options.objective
     for wrong, said in (
         (m.exits == "last" and (m.halting != "none" or objective != "aligned"),

@@ -53,16 +53,16 @@ def shade(depth, L):
 
 def paint(texts, depths, L):
     """Strings and block counts (None: plain) -> one string with terminal colours, line ends left plain."""
-    starts = ["" if depth is None else f"\033[30;48;5;{shade(depth, L)}m" for depth in depths]
-    return "".join("\n".join(f"{start}{line}\033[0m" if line else "" for line in text.split("\n")) if start
-                   else text for text, start in zip(texts, starts, strict=True))
+    around = [("", "") if d is None else (f"\033[30;48;5;{shade(d, L)}m", "\033[0m") for d in depths]
+    return "".join("\n".join(start + line + end if line else "" for line in text.split("\n"))
+                   for text, (start, end) in zip(texts, around, strict=True))
 
 
 @command
 def main(argv=None):
     options = run.parse(argv, Options)
     if min(options.tokens, options.samples, options.beam) < 1:
-        raise UserError("--tokens, --samples and --beam must be at least 1")
+        raise UserError("--tokens, --samples and --beam must be at least 1; --beam 1 is greedy")
     if not (0 <= options.temperature < float("inf")) or options.top_k < 0 or options.seed < 0:
         raise UserError("--temperature, --top_k and --seed must be at least 0")
     folder, trained, _, model = run.open_run(options.run, options.out, options.device)
@@ -78,8 +78,8 @@ def main(argv=None):
         run.refuse(options, ("ahead",), "nothing is drafted without --speculate")
     named = options.named(trained) if not options.speculate else "full"
     rule = run.rule_of(named, trained, model)
-    seen = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    text, color = options.prompt, seen if options.color == "auto" else options.color == "always"
+    terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    text, color = options.prompt, terminal if options.color == "auto" else options.color == "always"
     if text is None:
         text = run.read_json(folder / "meta.json", "prompt")
         text = text[trained.translate.split("-")[0]] if trained.translate else text
