@@ -9,6 +9,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -389,14 +390,11 @@ def new_folder(out):
     """Make and return out/001, out/002, ...: the first number after those that exist."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    number = max([int(p.name) for p in out.iterdir() if re.fullmatch(r"\d+", p.name)], default=0)
-    while True:
-        number += 1
-        try:
+    taken = [int(p.name) for p in out.iterdir() if re.fullmatch(r"\d+", p.name)]
+    for number in itertools.count(max(taken, default=0) + 1):
+        with contextlib.suppress(FileExistsError):      # another run began just now
             (out / f"{number:03d}").mkdir()
             return out / f"{number:03d}"
-        except FileExistsError:
-            continue
 
 
 def find(run, out="runs"):
@@ -495,9 +493,7 @@ def keep_last(last, step, model, average):
 
 def mean_weights(state):
     """The weights of a checkpoint: the mean of its last ones if it keeps any."""
-    last = list(state["last"].values())
-    if not last:
-        return state["model"]
+    last = [*state["last"].values()] or [state["model"]]
     return {name: torch.stack([weights[name] for weights in last]).mean(0) for name in last[0]}
 
 
@@ -552,24 +548,19 @@ def start_from(model, folder, device):
     model.load_state_dict({**own, **{n: w for n, w in weights.items() if n in own}})
 
 
-class Interrupt:
-    """True once SIGTERM or Ctrl-C has come: finish the step, save, leave. A second one ends at once."""
+@contextlib.contextmanager
+def interrupts():
+    """A list of the SIGTERM and Ctrl-C that came: finish the step, save, leave. A second one ends at once."""
+    came = []
 
-    def __init__(self):
-        self.came = False
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-    def _note(self, *_):
-        if self.came:
+    def note(*_):
+        if came:
             raise KeyboardInterrupt
-        self.came = True
+        came.append(True)
 
-    def __bool__(self):
-        return self.came
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

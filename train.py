@@ -221,7 +221,7 @@ def main(argv=None):
         raise UserError(f"--stop_at {end} is behind: {folder} is at step {start}")
     pace = 0.2 if sys.stderr.isatty() else 15       # seconds between two bars; a log file needs few
     bar = tqdm(total=options.steps, initial=start, unit="step", mininterval=pace)
-    with run.Interrupt() as stop, bar:
+    with run.interrupts() as stop, bar:
         began, tokens = time.perf_counter(), 0
         for t in range(start, end + 1):
             if t % options.eval_every == 0 or t == options.steps:

@@ -1,4 +1,5 @@
 """Training can be trusted: exact resume, atomic checkpoints, clean stops, fixed evaluation, correct steps."""
+import contextlib
 import json
 import os
 import shutil
@@ -239,11 +240,11 @@ def test_evaluation_polls_the_interrupt(train, monkeypatch):
     """A signal during a long evaluation that nobody looks at until its end."""
     came = []
 
-    class Interrupted(run.Interrupt):
+    class Later:
         def __bool__(self):
             came.append(1)
             return len(came) > 2
-    monkeypatch.setattr(run, "Interrupt", Interrupted)
+    monkeypatch.setattr(run, "interrupts", lambda: contextlib.nullcontext(Later()))
     folder = train("--batch", 1)
     assert weights(folder)["step"] == 0 and val_lines(folder) == []
     monkeypatch.undo()
@@ -341,7 +342,7 @@ def test_an_interrupt_in_the_last_evaluation_is_one(train, monkeypatch):
     def slow(model, windows, context, stop):
         found = honest(model, windows, context)
         if len(found["loss"]["causal"]) and slow.calls == 2:
-            stop.came = True
+            stop.append(True)
         slow.calls += 1
         return None if stop else found
     slow.calls = 0
