@@ -124,12 +124,9 @@ class Source:
 
     def select(self, rows, g):
         """The Source of these rows only, with g rows of a call for each."""
-        if [*rows] == [*range(len(self.states))]:
-            chosen = Source(self.states, self.there, g)
-            chosen.made = self.made
-        else:
-            chosen = Source(self.states[rows], self.there[rows], g)
-            chosen.made = {how: (k[rows], v[rows]) for how, (k, v) in self.made.items()}
+        own = (lambda t: t) if [*rows] == [*range(len(self.states))] else (lambda t: t[rows])
+        chosen = Source(own(self.states), own(self.there), g)
+        chosen.made = {how: (own(k), own(v)) for how, (k, v) in self.made.items()}
         return chosen
 
 
@@ -315,14 +312,10 @@ class GPT(nn.Module):
         at = at or Tokens(batch.pos, batch.live)
         return self.trunk(self.embed(batch.ids), at, past or self.past(batch), route)
 
-    def logits(self, ids, past=None, route=top_k):
-        """ids (B,T) -> (B,T,V) after the last block. The scripts read every h^n from `trunk`."""
+    def forward(self, ids, route=top_k, past=None):
+        """ids (B,T) -> logits (B,T,V) after the last block. The scripts read every h^n from `trunk`."""
         *_, (h, _) = self.trunk(self.embed(ids), Tokens(positions(ids)), past, route)
         return self.classifiers(self.config.n_layer, h)
-
-    def forward(self, ids, route=top_k):
-        """ids (B,T) -> logits (B,T,V)."""
-        return self.logits(ids, route=route)
 
 
 class Encoder(nn.Module):
@@ -367,7 +360,7 @@ class Seq2Seq(GPT):
 
     def decode(self, source, ids, route=top_k):
         """Source, ids (B,T) -> logits (B,T,V)."""
-        return self.logits(ids, [Now(source)] * self.config.n_layer, route)
+        return super().forward(ids, route, [Now(source)] * self.config.n_layer)
 
     def forward(self, source_ids, ids, route=top_k):
         """source_ids (B,S), ids (B,T), no padding -> logits (B,T,V)."""

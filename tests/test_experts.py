@@ -102,11 +102,11 @@ def test_sampling_with_experts_is_reading_at_once(kind):
 def test_crowded_experts_leak_in_training_only():
     """Under top_k a later token can push an earlier one out of an expert."""
     model, ids, leaks = tiny(routed="none", experts=2, expert_capacity=0.5), texts(T=12), 0
-    before = model.logits(ids)
+    before = model(ids)
     for token in range(V):
         other = ids.clone()
         other[:, -1] = token
-        leaks += not torch.allclose(model.logits(other)[:, :-1], before[:, :-1], atol=1e-9)
+        leaks += not torch.allclose(model(other)[:, :-1], before[:, :-1], atol=1e-9)
     assert leaks > 0
 
 
@@ -127,7 +127,7 @@ def test_training_flops_are_those_that_run(options):
     wish = SimpleNamespace(exit_weights="1", gradient_scale=0.0, label_smoothing=0.0, imitation=0.01,
                            balance=0.01)
     with torch.no_grad(), Counter() as counted:
-        model.logits(batch.ids)
+        model(batch.ids)
     assert 3 * cost.forward(model.config, V, 32) == counted.flops > 0           # of three rows
     with Counter() as counted:
         train.aligned(model, batch, 1 / 96, wish)
