@@ -4,7 +4,6 @@ What a token that does not run leaves behind is where the two papers differ: an 
 values of its copied state into every dense block above [DAT 2]; a token that goes around a routed block
 writes nothing there [MoD 3.5], so each routed block's cache holds only the tokens it ran.
 """
-import functools
 import math
 from typing import NamedTuple
 
@@ -220,7 +219,7 @@ class Call:
         self.x, self.first, self.at, self.inside = x, x, Tokens(pos), pos < FAR
         self.changed = cache.here.start is None
         self.ran, self.score, self.worked = {}, {}, {}      # of blocks that chose, by number from 0: (B,T)
-        self.left = []                                      # who left where
+        self.left = []                                      # (Seen, who): who left where
 
     def of_all(self, of_some, missing):
         """(n,T) of the rows that run -> (B,T)."""
@@ -257,35 +256,35 @@ class Call:
 
     def leave(self, n, rule):
         """Those leave after block n that rule wants to, all after the last."""
-        looked, who = functools.cache(functools.partial(self.model.classifiers, n, self.x)), self.inside
+        at, source, who = self.at, self.cache.source, self.inside
+        seen = Seen(n, [self.first, self.x], self.model.classifiers, at.pos, source, at.rows)
         if n < self.L:
-            states, source = [self.first, self.x], self.cache.source
-            who = who & rule(Seen(n, states, looked, self.at.pos, source, self.at.rows))
+            who = who & rule(seen)
             if not who.any():
                 return
             if self.missing == "copy":
                 self.cache.leave(self.x)
                 self.changed = True
             self.inside = self.inside ^ who
-        self.left.append((n, self.x, looked, who, self.at.rows))
+        self.left.append((seen, who))
 
     def emitted(self):
         """-> exit_at (B,T), logits (B,T,V): L and 0 for tokens that are not there. Classifiers that no rule
         has asked are one product."""
-        (n, _, looked, who, rows), *others = self.left
-        if not others and rows is None and who.all():
-            return torch.full_like(self.pos, n), looked()
-        exit_at, where, seen, unseen = [], [], [], []
-        for n, x, looked, who, rows in sorted(self.left, key=lambda left: not left[2].cache_info().currsize):
+        (seen, who), *others = self.left
+        if not others and seen.rows is None and who.all():
+            return torch.full_like(self.pos, seen.n), seen.read()
+        exit_at, where, known, unknown = [], [], [], []
+        for seen, who in sorted(self.left, key=lambda left: left[0].logits is None):
             row, t = who.nonzero().unbind(1)
-            where.append(((row if rows is None else rows[row]), t))
-            exit_at += [n] * len(t)
-            if looked.cache_info().currsize:                # a rule has asked for these logits
-                seen.append(looked()[who])
+            where.append((row if seen.rows is None else seen.rows[row], t))
+            exit_at += [seen.n] * len(t)
+            if seen.logits is None:
+                unknown.append((seen.n, seen.states[-1][who]))
             else:
-                unseen.append((n, x[who]))
+                known.append(seen.logits[who])
         where = tuple(map(torch.cat, zip(*where, strict=True)))
-        made = torch.cat([*seen, *([self.model.classifiers.several(unseen)] if unseen else [])])
+        made = torch.cat([*known, *([self.model.classifiers.several(unknown)] if unknown else [])])
         logits = made.new_zeros(*self.pos.shape, made.size(-1)).index_put_(where, made)
         found = torch.full_like(self.pos, self.L)
         return found.index_put_(where, torch.tensor(exit_at, device=found.device)), logits

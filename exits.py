@@ -13,7 +13,7 @@ Classifiers read the stream and change nothing in it, so a model with exits is t
 is a function rule(seen) -> (B,T) bool, "leaves after block seen.n". This file knows no model.
 """
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -211,18 +211,22 @@ class Halting(nn.Module):
 # ----------------------------------------------------------------------------- halting rules
 
 
-class Seen(NamedTuple):
+@dataclass
+class Seen:
     """What a halting rule may look at after block n."""
     n: int
     states: list[torch.Tensor]          # h^1 first and h^n last, each (B,T,C)
-    read: Callable                      # read() -> block n's logits (B,T,V), made at most once
+    classify: Callable                  # (n, h^n) -> logits
     pos: torch.Tensor                   # (B,T)
     source: object = None               # of a Seq2Seq
     rows: torch.Tensor | None = None    # (B,) their numbers in a call of more rows; None: 0..B-1
+    logits: torch.Tensor | None = None  # (B,T,V) once they have been read
 
-    def own(self, exit_at):
-        """exit_at (B,...) of all rows of the call -> of those that are here."""
-        return exit_at if self.rows is None else exit_at[self.rows]
+    def read(self):
+        """The classifier's logits (B,T,V), made at most once."""
+        if self.logits is None:
+            self.logits = self.classify(self.n, self.states[-1])
+        return self.logits
 
 
 def full_depth(seen):
@@ -244,9 +248,7 @@ def chosen(exit_at):
 def random_exit(N, seed=0):
     """Each token leaves at an exit drawn uniformly from 1..N ("uniform" in the paper's table 1), a function
     of (seed, row of the call, position): in a beam, sentences that are done give up their rows."""
-    def rule(seen):
-        return mixed_bits(seen.pos, seed, seen.rows) % N + 1 <= seen.n
-    return rule
+    return lambda seen: mixed_bits(seen.pos, seed, seen.rows) % N + 1 <= seen.n
 
 
 def confidence(tau):
@@ -259,8 +261,8 @@ def learned(halting, threshold=0.5):
     with chi > threshold (geometric, binary)."""
     def rule(seen):
         if halting.kind == "sequence":
-            exit_at = halting.of_source(seen.source).argmax(-1) + 1
-            exit_at = seen.own(exit_at.repeat_interleave(seen.source.g)).unsqueeze(1)
+            exit_at = halting.of_source(seen.source).argmax(-1).repeat_interleave(seen.source.g) + 1
+            exit_at = (exit_at if seen.rows is None else exit_at[seen.rows]).unsqueeze(1)
         elif halting.kind == "token":
             exit_at = halting.of_first(seen.states[0]).argmax(-1) + 1
         else:

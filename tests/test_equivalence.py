@@ -46,7 +46,7 @@ def in_loops(rule):
     """A halting rule as the loops call it: one token's vectors instead of (B,T,...) tensors."""
     def single(array):
         return torch.from_numpy(np.asarray(array))[None, None]
-    return lambda n, logits, h: bool(rule(exits.Seen(n, [single(h)], lambda: single(logits),
+    return lambda n, logits, h: bool(rule(exits.Seen(n, [single(h)], lambda n, h: single(logits),
                                                      torch.zeros(1, 1, dtype=torch.long))))
 
 

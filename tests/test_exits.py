@@ -92,7 +92,7 @@ def test_each_exit_has_its_own_norm_and_shares_or_owns_its_matrix():
 def test_confidence_must_be_exceeded():
     """`>=`: a token that is exactly as sure as the threshold stays."""
     logits = torch.zeros(1, 1, 2)
-    seen = exits.Seen(1, [torch.zeros(1, 1, 4)], lambda: logits, torch.zeros(1, 1, dtype=torch.long))
+    seen = exits.Seen(1, [torch.zeros(1, 1, 4)], lambda n, h: logits, torch.zeros(1, 1, dtype=torch.long))
     assert not exits.confidence([0.5])(seen).any() and exits.confidence([0.49])(seen).all()
 
 

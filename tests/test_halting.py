@@ -1,4 +1,5 @@
 """Learning where to exit [DAT 2.2, 3]: oracles, predictors, losses, copied and computed states."""
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -168,10 +169,10 @@ def test_random_exits_are_uniform_and_belong_to_the_place():
     rule = exits.random_exit(N)
     same(decode.read(model, ids, positions(ids), None, rule, causal), by_steps(model, ids, rule)[0])
     seen = exits.Seen(0, [], None, torch.arange(4000).expand(20, -1))
-    exit_at = sum((~exits.random_exit(6)(seen._replace(n=n))).int() for n in range(1, 6)) + 1
+    exit_at = sum((~exits.random_exit(6)(replace(seen, n=n))).int() for n in range(1, 6)) + 1
     share = torch.bincount(exit_at.flatten(), minlength=7)[1:] / exit_at.numel()
     assert (share - 1 / 6).abs().max() < 0.01
-    other = sum((~exits.random_exit(6, seed=1)(seen._replace(n=n))).int() for n in range(1, 6)) + 1
+    other = sum((~exits.random_exit(6, seed=1)(replace(seen, n=n))).int() for n in range(1, 6)) + 1
     assert 0.1 < (other == exit_at).float().mean() < 0.25
     for a, b in ((exit_at[:, 1:], exit_at[:, :-1]), (exit_at[1:], exit_at[:-1])):
         assert 0.15 < (a == b).float().mean() < 0.19
