@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from exits import Seen, full_depth, nats, precise
-from model import Tokens, positions
+from model import Tokens
 from routing import FAR, ROUTES, causal, confusion, numbered
 
 
@@ -368,11 +368,10 @@ def chances(logits, temperature, top):
     `top` most likely tokens only (None: of all)."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
-    logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
     if top is not None:
         least = logits.topk(min(top, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    return logits.softmax(-1)
+    return (logits.double() / temperature).softmax(-1)
 
 
 def pick(p, u):
@@ -501,7 +500,7 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
         for i in range(room + 1):
             t = cache.places.used[0]
             unread = torch.tensor([ids[t:]], device=device)
-            pos = positions(unread) + t
+            pos = torch.arange(t, len(ids), device=device).unsqueeze(0)
             cache.enter(pos)
             x, ran = climb(model, cache, model.embed(unread), pos, range(1, E + 1), route)
             cache.leave(x)
