@@ -153,6 +153,8 @@ class Cache:
         self.blocks = [KV(self, n in routed, nh, w.size(1) // nh, dtype) for n in range(len(model.blocks))]
 
     def __getitem__(self, n):
+        for p in model.parameters():
+            vars(p).pop("packed", None)         # of linear.py: nobody counts what is changed through .data
         return self.blocks[n]
 
     def enter(self, pos):

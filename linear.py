@@ -5,24 +5,36 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+LARGE = 2**16  # a matrix of more numbers is read anew for every token, others may stay in the caches
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def packed(weight):
+    """A copy of weight in oneDNN's own order, kept with the parameter until that changes."""
+    if weight.is_inference():               # whose changes nobody counts
+        return weight
+    now = weight._version, weight.data_ptr()
+    if getattr(weight, "packed", (None,))[0] != now:
+        weight.packed = now, torch.ops.mkldnn._reorder_linear_weight(weight)
+    return weight.packed[1]
+
 
 def linear(x, weight, bias=None):
-    """F.linear. A few tokens on a CPU are multiplied by a batch of 16 parts of the matrix: decoding waits for
-    weights to be read, and BLAS lets all threads read a batch, but one alone a matrix for so few vectors."""
+    """F.linear. Decoding on a CPU waits for weights to be read. A few tokens are multiplied by a batch of 16
+    parts of the matrix: BLAS lets all threads read a batch, but one alone a matrix for so few vectors. More
+    rows, in inference mode, meet a packed copy of a large matrix, by a private operator of torch.compile."""
     (*shape, C), out = x.shape, len(weight)
-    n = math.prod(shape)
-    if n > 16 or out % 16 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+    n, large = math.prod(shape), ONEDNN and out * C > LARGE and x.dtype == torch.float32
+    if not x.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    parts = weight.view(16, -1, C)
-    if n <= 8:                                                                          # y^T = W x^T + b
-        columns = x.contiguous().as_strided((16, C, n), (0, 1, C))
-        y = torch.bmm(parts, columns) if bias is None else torch.baddbmm(bias.view(16, -1, 1), parts, columns)
-        y = y if n == 1 else y.view(out, n).t().contiguous()
-    else:                                                                               # y = x W^T + b
-        rows, parts = x.reshape(n, C).expand(16, n, C), parts.transpose(1, 2)
-        y = torch.bmm(rows, parts) if bias is None else torch.baddbmm(bias.view(16, 1, -1), rows, parts)
-        y = y.transpose(0, 1)
-    return y.reshape(*shape, out)
+    if n > 4 and large and torch.is_inference_mode_enabled():
+        weight = packed(weight) if len(x) > 4 else weight
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if n > 8 or out % 16:
+        return F.linear(x, weight, bias)
+    parts, columns = weight.view(16, -1, C), x.contiguous().as_strided((16, C, n), (0, 1, C))
+    y = torch.bmm(parts, columns) if bias is None else torch.baddbmm(bias.view(16, -1, 1), parts, columns)
+    return (y if n == 1 else y.view(out, n).t().contiguous()).view(*shape, out)             # y^T = W x^T + b
 
 
 def gelu(x):
@@ -46,8 +58,7 @@ class Linear(nn.Linear):
 def in_full(module, x, method=None):
     """module(x), or method(x), in the precision of the module's parameters even under autocast: decisions are
     made of it."""
-    function = method or module
     if not torch.is_autocast_enabled(x.device.type):
-        return function(x)
+        return (method or module)(x)
     with torch.autocast(x.device.type, enabled=False):
-        return function(x.to(next(module.parameters()).dtype))
+        return (method or module)(x.to(next(module.parameters()).dtype))

@@ -192,7 +192,7 @@ class CrossAttention(nn.Module):
     def __init__(self, C, nh, Ce, dropout):
         super().__init__()
         self.n_head, self.dropout = nh, dropout
-        self.query, self.key_value, self.proj = Linear(C, C), nn.Linear(Ce, 2 * C), Linear(C, C)
+        self.query, self.key_value, self.proj = Linear(C, C), Linear(Ce, 2 * C), Linear(C, C)
 
     def keys_values(self, states):
         """states (B,S,Ce) -> k, v (B,nh,S,hs)."""

@@ -181,8 +181,9 @@ def test_the_control_is_top_k_of_noise(gate):
 
 @pytest.mark.parametrize("options", [{}, {"causal": "router"}, {"router": "random"},
                                      {"experts": 3, "noops": 1}], ids=str)
-def test_the_training_path_is_one_graph(options):
+def test_the_training_path_is_one_graph(options, monkeypatch):
     """A shape or a branch that depends on the data: the host would wait for the device."""
+    monkeypatch.setattr("linear.LARGE", 0)
     model, ids = tiny(**options).train(), texts()
     at = Tokens(positions(ids))
 

@@ -1,18 +1,25 @@
 """Linear layers for few tokens against F.linear, and decisions under autocast."""
+import copy
+import io
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear import Linear, gelu, in_full
+import decode
+from exits import full_depth
+from linear import ONEDNN, Linear, gelu, in_full, linear
 from model import GPT, Block, GPTConfig, Now, Source, Tokens, positions
+from routing import causal
 
 
 @pytest.mark.parametrize("out", [48, 50])
-@pytest.mark.parametrize("n", [*range(1, 19)])
-def test_few_tokens_are_as_many(n, out):
+@pytest.mark.parametrize("n", [*range(1, 10)])
+def test_few_tokens_are_as_many(n, out, monkeypatch):
     """A part of the matrix in the wrong place, tokens exchanged, a bias left out, a gradient lost; also for
     inputs that do not lie in one piece, and rows in two dimensions."""
+    monkeypatch.setattr("linear.LARGE", 0)
     torch.manual_seed(n)
     layer = Linear(12, out).double()
     rows = torch.randn(n, 12, dtype=torch.double, requires_grad=True)
@@ -28,6 +35,65 @@ def test_few_tokens_are_as_many(n, out):
             for a, b in zip(*(torch.autograd.grad(y.square().sum(), params) for y in (got, wanted)),
                             strict=True):
                 assert torch.allclose(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 40])
+def test_packed_matrices_follow_their_weights(n, monkeypatch):
+    """A matrix packed once and used after its weights have changed, by a step, by other memory, as another
+    parameter, through .data before a new cache; packed where gradients are wanted, or for one text alone."""
+    def agree():
+        for x in (rows, rows[None], rows[:, None], torch.stack([rows, rows], 2)[..., 0]):
+            for bias in (layer.bias, None):
+                with torch.inference_mode():
+                    torch.testing.assert_close(linear(x, layer.weight, bias), F.linear(x, layer.weight, bias))
+
+    monkeypatch.setattr("linear.LARGE", 0)
+    torch.manual_seed(n)
+    layer, rows = Linear(12, 48), torch.randn(n, 12)
+    with torch.inference_mode():
+        layer(rows[None])
+    assert not hasattr(layer.weight, "packed") and layer(rows).requires_grad
+    agree()
+    assert hasattr(layer.weight, "packed") == (n > 4 and ONEDNN)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    agree()
+    layer.weight.data = torch.randn(48, 12)
+    agree()
+    layer.weight = nn.Parameter(torch.randn(48, 12))
+    agree()
+    with torch.inference_mode():
+        layer.weight = nn.Parameter(torch.randn(48, 12))
+        agree()
+        layer.weight.add_(1)
+    agree()
+
+
+def test_a_cache_begins_with_the_weights_as_they_are(monkeypatch):
+    """Weights changed through .data, which nobody counts, and an old packed copy of them."""
+    monkeypatch.setattr("linear.LARGE", 0)
+    model, ids = GPT(GPTConfig(2, 2, 32, block_size=16), 50).eval(), torch.randint(0, 50, (6, 8))
+    for _ in range(2):
+        for p in model.parameters():
+            p.data.mul_(1.5)
+        found = decode.read(model, ids, positions(ids), None, full_depth, causal)
+        assert hasattr(model.blocks[0].attn.qkv.weight, "packed") == ONEDNN
+        torch.testing.assert_close(found.logits, model(ids, causal).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_packed_matrices_stay_out_of_checkpoints(monkeypatch):
+    """A copy of the weights that is written with them, or keeps a deep copy from its own."""
+    monkeypatch.setattr("linear.LARGE", 0)
+    torch.manual_seed(0)
+    layer, x = Linear(12, 48), torch.randn(6, 12)
+    with torch.inference_mode():
+        before, again = layer(x), copy.deepcopy(layer)
+        again.weight.zero_()
+        again.bias.zero_()
+        assert torch.equal(again(x), torch.zeros(6, 48)) and torch.equal(layer(x), before)
+    torch.save(layer.state_dict(), written := io.BytesIO())
+    written.seek(0)
+    assert not vars(torch.load(written, weights_only=True)["weight"])
 
 
 @pytest.mark.parametrize("n", [1, 16, 17])
