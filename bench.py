@@ -440,7 +440,7 @@ def run_part(o, device):
 def mixtures(o, device, model, ids, P, rules):
     """Reading ids (1,T), the first P at once and then token by token. Calibrated: a token that leaves at e
     costs what it does if all leave at e, a look what full depth gains in time if every classifier is read,
-    and all late copies of a block, made at once, what the keys and values of one token cost alone."""
+    and all late copies of a block, made at once, what queries, keys and values of one token cost alone."""
     def look(seen):
         seen.read()
         return full_depth(seen)
@@ -450,7 +450,7 @@ def mixtures(o, device, model, ids, P, rules):
     works |= {name: reader(model, 1, P, rule, T - P, ids) for name, rule in rules.items()}
     works["look"] = reader(model, 1, P, look, T - P, ids)
     block, at = getattr(model.blocks[0], "block", model.blocks[0]), Tokens(positions(x[..., 0]))
-    works["copy"] = lambda: [block.attn.keys_values(block.ln1(x), at) for _ in range(T - P)]
+    works["copy"] = lambda: [block.attn.heads(block.attn.qkv(block.ln1(x)), at) for _ in range(T - P)]
     times = in_turns(works, o.repeats, device)
     for name, rule in rules.items():
         found = decode.read(model, ids, positions(ids), None, rule, causal)

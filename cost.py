@@ -12,8 +12,9 @@
     halting      2 C for each look at a state, 2 N C for token, 2 N Ce for sequence      2 d q, 2 N d
 
 The paper charges every copy ("paper"). If keys and values of copies are made only when a later token goes
-that deep, some are never made: the same count with those alone is "needed". Hypotheses of a beam that went
-apart before one of them came that deep each make their own, so "needed" can then be the larger one.
+that deep, some are never made: the same count with those alone is "needed" (not counted: decode.py gives each
+of them a query too, 2 C^2, so that all is one product). Hypotheses of a beam that went apart before one of
+them came that deep each make their own, so "needed" can then be the larger one.
 """
 from typing import NamedTuple
 

@@ -92,48 +92,50 @@ class KV:
         if more > 0:
             self.kv = F.pad(self.kv, (0, 0, 0, -(-more // step) * step))
 
-    def fill(self, block):
-        """Make what is missing below this call's tokens, of all rows that run in one product."""
-        if self.places is not None:
-            return
+    def join(self, x, at):
+        """x (n,T,C) and, as further rows, the copied states below these tokens that lack keys and values: one
+        product makes those of all. -> (n + R,T,C), their Tokens."""
         here, before = self.cache.here, self.cache.before
-        rows = integers(here.rows, len(here.slot))
-        pending = [(b, j) for b in rows for j in range(self.filled[b], before[b])]
+        rows = integers(here.rows, len(here.slot)) if self.places is None else ()
+        late = [(b, j) for b in rows for j in range(self.filled[b], before[b])]
         for b in rows:
             self.filled[b] = self.cache.places.used[b]
-        if pending:
-            self.room(max(self.filled[b] for b in rows))
-            b, j = torch.tensor(pending, device=self.kv.device).unbind(1)                   # (P,)
-            x, at = self.cache.states[b, j], Tokens(self.cache.places.pos[b, j][None])
-            kv = block.attn.keys_values(block.ln1(x)[None], at)                             # (2,1,nh,P,hs)
-            self.kv[:, b, :, j] = kv[:, 0].permute(2, 0, 1, 3).to(self.kv.dtype)            # (P,2,nh,hs)
+        if not late:
+            return x, at
+        late += [(0, -1)] * (-len(late) % x.size(1))            # nobody's slot, to fill the last row
+        late = b, j = torch.tensor(late, device=x.device).unbind(1)                         # (P,)
+        pos = self.cache.places.pos[b, j].view(-1, x.size(1))                               # (R,T)
+        x = torch.cat([x, self.cache.states[b, j].view(-1, *x.shape[1:])])
+        return x, Tokens(torch.cat([at.pos, pos]), rows=at.rows, late=late)
 
     def attend(self, q, kv, at, dropout):
-        """Keep kv (2,n,nh,T,hs) of these tokens, then let q (n,nh,T,hs) see everything up to its own position
-        -> (n,nh,T,hs)."""
-        places, T, pos = self.places or self.cache.places, q.size(2), at.pos
-        here = self.cache.here if self.places is None else places.enter(pos, at.rows)
+        """Keep kv (2,n + R,nh,T,hs) of these tokens and of those that joined late, then let q (n + R,nh,T,hs)
+        of the former see everything up to its own position -> (n,nh,T,hs)."""
+        places, T, attention = self.places or self.cache.places, q.size(2), F.scaled_dot_product_attention
+        here = self.cache.here if self.places is None else places.enter(at.pos, at.rows)
+        n, pos = len(here.slot), at.pos
+        numbers = integers(here.rows, n)
+        used = [here.start + T] if here.start is not None else [places.used[b] for b in numbers]
+        self.room(max(used))
+        if at.late:
+            b, j = at.late
+            late = kv[:, n:].permute(1, 3, 0, 2, 4).flatten(0, 1)                           # (P,2,nh,hs)
+            self.kv[:, b, :, j] = late.to(self.kv.dtype)
+            q, kv, pos = q[:n], kv[:, :n], pos[:n]
         if here.start is not None:
-            used = [here.start + T]
-            self.room(used[0])
             self.kv.narrow(3, here.start, T).copy_(kv)
         else:
-            rows, numbers = numbered(here.rows, pos), integers(here.rows, len(pos))
-            used = [places.used[b] for b in numbers]
-            self.room(max(used))
+            rows = numbered(here.rows, pos)
             self.kv[:, rows, :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)    # (n,T,2,nh,hs)
         if T == 1 and here.rows is not None and pos.device.type == "cpu":
-            done = []                                       # where they lie, since gathering costs more
-            for own, rows, M in in_steps(numbers, used):
-                past = self.kv[:, rows, :, :M].to(q.dtype)
-                done.append(F.scaled_dot_product_attention(q[own], *past.unbind()))
-            return torch.cat(done)
+            return torch.cat([attention(q[own], *self.kv[:, rows, :, :M].to(q.dtype).unbind())
+                              for own, rows, M in in_steps(numbers, used)])     # where they lie, not gathered
         M, seen = max(used), None       # a single token is the last of its row: it sees all that is there
         past = self.kv.narrow(3, 0, M) if here.rows is None else self.kv[:, here.rows, :, :M]
         if T > 1 or min(used) < M:
             there = places.pos[:, :M] if here.rows is None else places.pos[here.rows, :M]
             seen = there[:, None, None] <= pos[:, None, :, None]                            # (n,1,T,M)
-        return F.scaled_dot_product_attention(q, *past.to(q.dtype).unbind(), seen)
+        return attention(q, *past.to(q.dtype).unbind(), seen)
 
 
 class Cache:
@@ -151,10 +153,10 @@ class Cache:
         self.places, self.source = Places(B, size, w.device), source
         self.states = torch.zeros(B, size + 1, w.size(1), device=w.device, dtype=w.dtype)   # of who left
         self.blocks = [KV(self, n in routed, nh, w.size(1) // nh, dtype) for n in range(len(model.blocks))]
-
-    def __getitem__(self, n):
         for p in model.parameters():
             vars(p).pop("packed", None)         # of linear.py: nobody counts what is changed through .data
+
+    def __getitem__(self, n):
         return self.blocks[n]
 
     def enter(self, pos):
@@ -247,7 +249,6 @@ class Call:
     def run(self, n, route):
         """Block n, from 1."""
         block, past = self.blocks[n - 1]
-        past.fill(block)
         self.x, visit = block(self.x, self.at, past, route)
         self.first = self.x if n == 1 else self.first
         if visit.score is not None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from exits import Classifiers, Halting
 from experts import Experts
-from linear import Linear, gelu, linear
+from linear import Linear, gelu
 from routing import FAR, Routed, Visit, top_k
 
 
@@ -89,6 +89,7 @@ class Tokens:
     rows: torch.Tensor | None = None        # (B,) their numbers in a call of more rows; None: 0..B-1
     onward: Callable | None = None          # (n, h^n) -> what block n + 1 reads, to scale its gradient
     turns: torch.Tensor | None = None       # (B,T,3,1,hs/2) complex, once a block has asked
+    late: tuple | None = None               # rows (P,) and slots (P,) of a cache, see decode.KV.join
 
     def among(self, rows, pos):
         """Tokens at pos (n,k) of these rows (n,) only, None: of all."""
@@ -141,6 +142,10 @@ class Now:
         """Rows of here (B,k) in which anybody is; None: run all, so that shapes do not depend on data."""
         return None
 
+    def join(self, x, at):
+        """Nobody has to be made up for."""
+        return x, at
+
     def attend(self, q, kv, at, dropout):
         """q (B,nh,T,hs), kv (2,B,nh,T,hs) -> (B,nh,T,hs)."""
         k, v = kv.unbind()
@@ -165,24 +170,18 @@ class Attention(nn.Module):
         self.register_buffer("rope", rotations(block_size, C // nh), persistent=False)
 
     def heads(self, x, at):
-        """Queries, keys and values, or the latter two, side by side in x (B,T,n C) -> (n,B,nh,T,hs). Two
-        channels turn as one complex number."""
-        (B, T, nC), nh, hs, rope = x.shape, self.n_head, self.size, self.rope
-        n, by, same = nC // (nh * hs), at.turned(rope), x.dtype == rope.dtype
-        pairs = torch.view_as_complex((x if same else x.to(rope.dtype)).view(B, T, n, nh, hs // 2, 2))
-        y = torch.view_as_real(pairs * (by if n == 3 else by[:, :, -n:])).view(B, T, n, nh, hs)
-        return (y if same else y.to(x.dtype)).permute(2, 0, 3, 1, 4)
-
-    def keys_values(self, x, at):
-        """x (B,T,C) -> (2,B,nh,T,hs)."""
-        C = x.size(-1)
-        return self.heads(linear(x, self.qkv.weight[C:], self.qkv.bias[C:]), at)
+        """Queries, keys and values, side by side in x (B,T,3C) -> (3,B,nh,T,hs). Two channels turn as one
+        complex number."""
+        (B, T, _), nh, hs = x.shape, self.n_head, self.size
+        pairs = torch.view_as_complex(x.to(self.rope.dtype).view(B, T, 3, nh, hs // 2, 2))
+        y = torch.view_as_real(pairs * at.turned(self.rope)).view(B, T, 3, nh, hs)
+        return y.to(x.dtype).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, at, past):
-        """x (B,T,C) -> (B,T,C)."""
+        """x (B,T,C) -> (B,T,C), without those that joined late."""
         qkv = self.heads(self.qkv(x), at)
         y = past.attend(qkv[0], qkv[1:], at, self.dropout if self.training else 0.0)    # (B,nh,T,hs)
-        return self.proj(y.transpose(1, 2).reshape(x.shape))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -237,7 +236,8 @@ class Block(nn.Module):
 
     def residual(self, x, at, past, route):
         """What this block would add to the stream x (B,T,C), and the Choice if its MLP is Experts."""
-        a = self.drop(self.attn(self.ln1(x), at, past))
+        more, here = past.join(x, at)
+        a = self.drop(self.attn(self.ln1(more), here, past))
         if self.cross is not None:
             a = a + self.drop(self.cross(self.ln_cross(x + a), at, past.source))
         m, choice = self.mlp(self.ln2(x + a), at.pos, route)

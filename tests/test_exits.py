@@ -70,7 +70,7 @@ def test_dense_blocks_above_an_exit_keep_the_copied_state_and_routed_ones_nothin
     ids = ids[:, :16]
     h = next(model.trunk(model.embed(ids), decode.Tokens(positions(ids))))[0]
     block = model.blocks[2]
-    k, v = block.attn.keys_values(block.ln1(h), decode.Tokens(positions(ids)))     # its own norm and matrix
+    _, k, v = block.attn.heads(block.attn.qkv(block.ln1(h)), decode.Tokens(positions(ids)))     # its own norm
     torch.testing.assert_close(past[2].kv[0, ::2, :, :16], k[::2])
     torch.testing.assert_close(past[2].kv[1, ::2, :, :16], v[::2])
 

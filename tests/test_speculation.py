@@ -59,7 +59,7 @@ def test_a_translator_can_draft():
 def test_the_cache_is_that_of_full_depth(kind, monkeypatch):
     """A copied key or value, a stale slot, a hole: after every verification the cache holds what reading the
     text at full depth leaves there, and nothing else."""
-    model, honest, fill, seen = model_of(kind), decode.Cache.drop, decode.KV.fill, []
+    model, honest, join, seen = model_of(kind), decode.Cache.drop, decode.KV.join, []
 
     def drop(cache, pos):
         honest(cache, pos)
@@ -67,7 +67,7 @@ def test_the_cache_is_that_of_full_depth(kind, monkeypatch):
                      for kv in cache])
 
     monkeypatch.setattr(decode.Cache, "drop", drop)
-    monkeypatch.setattr(decode.KV, "fill", lambda kv, block: no_copies(kv, block, fill))
+    monkeypatch.setattr(decode.KV, "join", lambda *a: no_copies(join, *a))
     found = decode.speculate(model, [1, 2, 3], 15, 1, 4, temperature=0.3)
     assert 0 < found.kept < found.drafted
     for snapshot in seen:
@@ -82,10 +82,10 @@ def test_the_cache_is_that_of_full_depth(kind, monkeypatch):
             torch.testing.assert_close(held[..., :m, :], kv.kv[..., :m, :])
 
 
-def no_copies(kv, block, fill):
+def no_copies(join, kv, x, at):
     if kv.places is None:
         assert kv.filled == kv.cache.before
-    fill(kv, block)
+    return join(kv, x, at)
 
 
 def test_every_token_comes_as_often_as_it_should():

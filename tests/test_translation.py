@@ -331,7 +331,7 @@ def test_flops_are_those_that_run(kind, rule):
         read, _ = by_steps(model, ids, rule, source=source)
     found = cost.decoding(model.config, V, read.visited[0].numpy(), read.exit_at[0].numpy(),
                           "confidence" if rule is RULES["confidence"] else "", 7 if source else 0, "needed")
-    assert found.flops == counted.flops > 0
+    assert found.flops + found.copies / 2 == counted.flops > 0      # and their queries, which nobody needs
 
 
 @pytest.mark.parametrize("S", [0, 7])
