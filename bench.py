@@ -218,21 +218,21 @@ def many_exits(o, config, device):
 
 
 def routed_steps(o, device):
-    """A whole step, 12.5 % of every other block, in two precisions."""
+    """A whole step, 12.5 % of every other block: one sequence in two precisions, then several."""
     T = o.block_size
     configs = [GPTConfig(o.n_layer, o.n_head, o.n_embd, block_size=T, routed=routed, exits="last")
                for routed in ("none", "odd")]
-    ids, targets = torch.randint(0, o.vocab, (2, 1, T), device=device)
+    ids, targets = torch.randint(0, o.vocab, (2, o.batch, T), device=device)
     dense, mod = (GPT(config, o.vocab).to(device) for config in configs)
     flops = [cost.training(config, o.vocab, T) for config in configs]
 
-    def work(model, dtype):
+    def work(model, B, dtype):
         with run.autocast(device, dtype):
-            step(model, ids, targets)
+            step(model, ids[:B], targets[:B])
 
-    for dtype in ("float32", "bfloat16"):
-        works = {"dense": lambda d=dtype: work(dense, d), "mod": lambda d=dtype: work(mod, d)}
-        yield row(f"step, 12.5 % of every other block, {T} tokens, {dtype}: over dense",
+    for B, dtype in ((1, "float32"), (1, "bfloat16"), (o.batch, "float32")):
+        works = {"dense": lambda B=B, d=dtype: work(dense, B, d), "mod": lambda B=B, d=dtype: work(mod, B, d)}
+        yield row(f"step, 12.5 % of every other block, {B} x {T} tokens, {dtype}: over dense",
                   in_turns(works, o.repeats, device), "mod", "dense", "flops", (0, flops[1] / flops[0], 0))
 
 
