@@ -116,7 +116,7 @@ def test_one_masked_pass_is_step_by_step(model, rule):
     same(decode.read(model, ids, positions(ids), None, rule, causal), by_steps(model, ids, rule)[0])
 
 
-@pytest.mark.parametrize("chunks", [[16], [5, 11], [1, 7, 1, 3, 4]])
+@pytest.mark.parametrize("chunks", [[16], [5, 11], [1, 7, 1, 3, 4], [8, 3, 2, 1, 2]])
 def test_any_chunking_of_the_prompt(model, rule, chunks):
     """A mask or a slot that is right only for one token, or only for an empty cache."""
     ids = texts()

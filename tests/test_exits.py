@@ -109,6 +109,7 @@ def test_pick_samples_the_distribution_it_is_given():
         seen = torch.bincount(decode.pick(decode.chances(many, temperature, top), u), minlength=5) / len(u)
         torch.testing.assert_close(seen.double(), p[0], rtol=0, atol=2e-4)
     assert decode.pick(decode.chances(logits, 0, None), u[:1]).item() == 4
+    assert decode.pick(decode.chances(logits.float(), 1e-45, None), u[:1]).item() == 4      # no overflow
     assert decode.pick(decode.chances(logits, 1.0, 1), u[-1:]).item() == 4
     certain = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
     assert decode.pick(decode.chances(certain, 1.0, None), u[:1]).item() == 1

@@ -52,6 +52,7 @@ def test_packed_matrices_follow_their_weights(n, monkeypatch):
     layer, rows = Linear(12, 48), torch.randn(n, 12)
     with torch.inference_mode():
         layer(rows[None])
+        copy.deepcopy(layer).double()(rows.double())
     assert not hasattr(layer.weight, "packed") and layer(rows).requires_grad
     agree()
     assert hasattr(layer.weight, "packed") == (n > 4 and ONEDNN)
@@ -67,6 +68,14 @@ def test_packed_matrices_follow_their_weights(n, monkeypatch):
         agree()
         layer.weight.add_(1)
     agree()
+
+
+def test_compiled_layers_leave_packing_to_the_compiler(monkeypatch):
+    """A question that the compiler cannot follow, and so a graph in pieces."""
+    monkeypatch.setattr("linear.LARGE", 0)
+    layer, x = Linear(12, 48), torch.randn(6, 12)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 
 
 def test_a_cache_begins_with_the_weights_as_they_are(monkeypatch):

@@ -236,6 +236,18 @@ def test_an_interrupt_saves_and_leaves_cleanly(dataset, tmp_path, sent):
     assert "--resume" in out and run.load(folder, "cpu")["step"] > 0
 
 
+def test_a_second_interrupt_ends_at_once():
+    """Ctrl-C that is noted again and again, or for ever after."""
+    before = signal.getsignal(signal.SIGINT)
+    with run.interrupts() as stop:
+        assert not stop
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_evaluation_polls_the_interrupt(train, monkeypatch):
     """A signal during a long evaluation that nobody looks at until its end."""
     came = []
