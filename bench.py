@@ -317,7 +317,7 @@ def plain_part(o, device):
     model = gpt(o, device)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     size = sum(p.numel() * p.element_size() for p in matrices)
-    for B, prefix in ((1, 64), (1, 512), (16, 64)):
+    for B, prefix in ((1, 64), (1, 512), (16, 64), (16, 512)):
         works = {"weights": lambda: [p.sum() for p in matrices], "ours": reader(model, B, prefix, full_depth)}
         works["theirs"] = theirs(o, device, B, prefix)
         times = in_turns({k: w for k, w in works.items() if w}, o.repeats, device)
