@@ -143,7 +143,7 @@ class Now:
         return None
 
     def join(self, x, at):
-        """Nobody has to be made up for."""
+        """Who else is due for keys and values: nobody."""
         return x, at
 
     def attend(self, q, kv, at, dropout):
@@ -236,7 +236,7 @@ class Block(nn.Module):
 
     def residual(self, x, at, past, route):
         """What this block would add to the stream x (B,T,C), and the Choice if its MLP is Experts."""
-        more, here = past.join(x, at)
+        more, here = past.join(x, at)                   # with copied states that are due for keys and values
         a = self.drop(self.attn(self.ln1(more), here, past))
         if self.cross is not None:
             a = a + self.drop(self.cross(self.ln_cross(x + a), at, past.source))
