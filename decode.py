@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from exits import Seen, full_depth, nats, precise
-from model import Tokens
+from model import Tokens, positions
 from routing import FAR, ROUTES, causal, confusion, numbered
 
 
@@ -95,18 +95,19 @@ class KV:
     def join(self, x, at):
         """x (n,T,C) and, as further rows, the copied states below these tokens that lack keys and values: one
         product makes those of all. -> (n + R,T,C), their Tokens."""
-        here, before = self.cache.here, self.cache.before
-        rows = integers(here.rows, len(here.slot)) if self.places is None else ()
-        late = [(b, j) for b in rows for j in range(self.filled[b], before[b])]
+        if self.places is not None:
+            return x, at
+        rows = integers(self.cache.here.rows, len(self.cache.here.slot))
+        due = [(b, j) for b in rows for j in range(self.filled[b], self.cache.before[b])]
         for b in rows:
             self.filled[b] = self.cache.places.used[b]
-        if not late:
+        if not due:
             return x, at
-        late += [(0, -1)] * (-len(late) % x.size(1))            # nobody's slot, to fill the last row
-        late = b, j = torch.tensor(late, device=x.device).unbind(1)                         # (P,)
+        due += [(0, -1)] * (-len(due) % x.size(1))              # nobody's slot, to fill the last row
+        b, j = torch.tensor(due, device=x.device).unbind(1)                                 # (P,)
         pos = self.cache.places.pos[b, j].view(-1, x.size(1))                               # (R,T)
         x = torch.cat([x, self.cache.states[b, j].view(-1, *x.shape[1:])])
-        return x, Tokens(torch.cat([at.pos, pos]), rows=at.rows, late=late)
+        return x, Tokens(torch.cat([at.pos, pos]), rows=at.rows, late=(b, j))
 
     def attend(self, q, kv, at, dropout):
         """Keep kv (2,n + R,nh,T,hs) of these tokens and of those that joined late, then let q (n + R,nh,T,hs)
@@ -118,15 +119,13 @@ class KV:
         used = [here.start + T] if here.start is not None else [places.used[b] for b in numbers]
         self.room(max(used))
         if at.late:
-            b, j = at.late
-            late = kv[:, n:].permute(1, 3, 0, 2, 4).flatten(0, 1)                           # (P,2,nh,hs)
-            self.kv[:, b, :, j] = late.to(self.kv.dtype)
+            (b, j), copies = at.late, kv[:, n:].permute(1, 3, 0, 2, 4).flatten(0, 1)        # (P,2,nh,hs)
+            self.kv[:, b, :, j] = copies.to(self.kv.dtype)
             q, kv, pos = q[:n], kv[:, :n], pos[:n]
         if here.start is not None:
             self.kv.narrow(3, here.start, T).copy_(kv)
-        else:
-            rows = numbered(here.rows, pos)
-            self.kv[:, rows, :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)    # (n,T,2,nh,hs)
+        else:                                                                               # (n,T,2,nh,hs)
+            self.kv[:, numbered(here.rows, pos), :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)
         if T == 1 and here.rows is not None and pos.device.type == "cpu":
             return torch.cat([attention(q[own], *self.kv[:, rows, :, :M].to(q.dtype).unbind())
                               for own, rows, M in in_steps(numbers, used)])     # where they lie, not gathered
@@ -283,9 +282,9 @@ class Call:
             where.append((row if seen.rows is None else seen.rows[row], t))
             exit_at += [seen.n] * len(t)
             if seen.logits is None:
-                unknown.append((seen.n, seen.states[-1][who]))
+                unknown.append((seen.n, seen.states[-1][row, t]))
             else:
-                known.append(seen.logits[who])
+                known.append(seen.logits[row, t])
         where = tuple(map(torch.cat, zip(*where, strict=True)))
         made = torch.cat([*known, *([self.model.classifiers.several(unknown)] if unknown else [])])
         logits = made.new_zeros(*self.pos.shape, made.size(-1)).index_put_(where, made)
@@ -503,7 +502,7 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
         for i in range(room + 1):
             t = cache.places.used[0]
             unread = torch.tensor([ids[t:]], device=device)
-            pos = torch.arange(t, len(ids), device=device).unsqueeze(0)
+            pos = positions(unread) + t
             cache.enter(pos)
             x, ran = climb(model, cache, model.embed(unread), pos, range(1, E + 1), route)
             cache.leave(x)

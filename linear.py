@@ -24,13 +24,12 @@ def linear(x, weight, bias=None):
     parts of the matrix: BLAS lets all threads read a batch, but one alone a matrix for so few vectors. More
     rows, in inference mode, meet a packed copy of a large matrix, by a private operator of torch.compile."""
     (*shape, C), out = x.shape, len(weight)
-    n, large = math.prod(shape), ONEDNN and out * C > LARGE and x.dtype == torch.float32
-    if not x.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    if n > 4 and large and torch.is_inference_mode_enabled():
-        weight = packed(weight) if len(x) > 4 else weight
+    n, plain = math.prod(shape), not x.is_cpu or torch.is_autocast_enabled("cpu")
+    large = n > 4 and ONEDNN and out * C > LARGE and x.dtype == torch.float32
+    if large and not plain and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        weight = packed(weight) if len(x) > 4 else weight               # one text's prompt is read only once
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if n > 8 or out % 16:
+    if plain or n > 8 or out % 16:
         return F.linear(x, weight, bias)
     parts, columns = weight.view(16, -1, C), x.contiguous().as_strided((16, C, n), (0, 1, C))
     y = torch.bmm(parts, columns) if bias is None else torch.baddbmm(bias.view(16, -1, 1), parts, columns)
@@ -58,7 +57,8 @@ class Linear(nn.Linear):
 def in_full(module, x, method=None):
     """module(x), or method(x), in the precision of the module's parameters even under autocast: decisions are
     made of it."""
+    function = method or module
     if not torch.is_autocast_enabled(x.device.type):
-        return (method or module)(x)
+        return function(x)
     with torch.autocast(x.device.type, enabled=False):
-        return (method or module)(x.to(next(module.parameters()).dtype))
+        return function(x.to(next(module.parameters()).dtype))

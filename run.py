@@ -493,7 +493,9 @@ def keep_last(last, step, model, average):
 
 def mean_weights(state):
     """The weights of a checkpoint: the mean of its last ones if it keeps any."""
-    last = [*state["last"].values()] or [state["model"]]
+    last = list(state["last"].values())
+    if not last:
+        return state["model"]
     return {name: torch.stack([weights[name] for weights in last]).mean(0) for name in last[0]}
 
 
