@@ -86,11 +86,12 @@ class KV:
         some = here.any(1)
         return None if some.all() else some.nonzero()[:, 0]
 
-    def room(self, slots, step=64):
-        """Let every row have this many slots at least, and the one that catches tokens that are not there."""
-        more = slots + 1 - self.kv.size(3)
-        if more > 0:
-            self.kv = F.pad(self.kv, (0, 0, 0, -(-more // step) * step))
+    def room(self, slots):
+        """Let every row have this many slots at least, and the one that catches tokens that are not there. To
+        grow is to copy all there is, so it is by half, by 64 slots at least, and never beyond the cache's."""
+        if slots >= self.kv.size(3):
+            size = min(slots + max(64, slots // 2), self.cache.places.pos.size(1))
+            self.kv = F.pad(self.kv, (0, 0, 0, size - self.kv.size(3)))
 
     def join(self, x, at):
         """x (n,T,C) and, as further rows, the copied states below these tokens that lack keys and values: one
