@@ -221,9 +221,10 @@ class Call:
         self.blocks = [*zip(model.blocks, cache.blocks, strict=True)]
         self.L = len(self.blocks)
         self.x, self.first, self.at, self.inside = x, x, Tokens(pos), pos < FAR
-        self.changed = cache.here.start is None
         self.ran, self.score, self.worked = {}, {}, {}      # of blocks that chose, by number from 0: (B,T)
-        self.left = []                                      # (Seen, who): who left where
+        self.left, self.done = [], False                    # (Seen, who): who left where; all did
+        if cache.here.start is None:
+            self.narrow()
 
     def of_all(self, of_some, missing):
         """(n,T) of the rows that run -> (B,T)."""
@@ -231,20 +232,18 @@ class Call:
             return of_some
         return of_some.new_full(self.pos.shape, missing).index_copy_(0, self.at.rows, of_some)
 
-    def anyone(self):
-        """Let the rows drop out in which nobody is inside. -> is there any other?"""
-        if self.changed:
-            rows = self.inside.tolist()
-            stay = [i for i, row in enumerate(rows) if any(row)]
-            if 0 < len(stay) < len(rows):
-                only = torch.tensor(stay, device=self.x.device)
-                self.x, self.first, self.inside = (t.index_select(0, only)
-                                                   for t in (self.x, self.first, self.inside))
-                self.at = self.at.among(only, self.at.pos[only])
-                self.cache.keep(self.at.rows)
-            self.at.live, self.changed = None if all(all(rows[i]) for i in stay) else self.inside, False
-            return len(stay) > 0
-        return True
+    def narrow(self):
+        """Let the rows drop out in which nobody is inside, unless that is all."""
+        rows = self.inside.tolist()
+        stay = [i for i, row in enumerate(rows) if any(row)]
+        self.done = not stay
+        if 0 < len(stay) < len(rows):
+            only = torch.tensor(stay, device=self.x.device)
+            self.x, self.first, self.inside = (t.index_select(0, only)
+                                               for t in (self.x, self.first, self.inside))
+            self.at = self.at.among(only, self.at.pos[only])
+            self.cache.keep(self.at.rows)
+        self.at.live = None if all(all(rows[i]) for i in stay) else self.inside
 
     def run(self, n, route):
         """Block n, from 1."""
@@ -265,10 +264,10 @@ class Call:
             who = who & rule(seen)
             if not who.any():
                 return
+            self.inside = self.inside ^ who
             if self.missing == "copy":
                 self.cache.leave(self.x)
-                self.changed = True
-            self.inside = self.inside ^ who
+                self.narrow()
         self.left.append((seen, who))
 
     def emitted(self):
@@ -321,11 +320,11 @@ def read(model, ids, pos, cache, rule, route, missing="copy"):
     cache.enter(pos)
     call = Call(model, model.embed(ids), pos, cache, missing)
     for n in range(1, call.L + 1):
-        if not call.anyone():
-            break
         call.run(n, route)
         if n == call.L or rule is not full_depth:
             call.leave(n, rule)
+        if call.done:
+            break
     return call.found()
 
 
