@@ -30,6 +30,7 @@ import tyro
 
 import exits
 from data.common import UserError
+from linear import PROCESSOR
 from model import GPT, Seq2Seq, Seq2SeqConfig
 
 HERE = Path(__file__).resolve().parent
@@ -435,7 +436,7 @@ def environment(device):
     git, commit = ["git", "-C", HERE, "describe", "--always", "--dirty"], ""
     with contextlib.suppress(OSError):      # no git on this machine
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else PROCESSOR
     return {"torch": torch.__version__, "python": platform.python_version(),
             "device": f"{device.type} {name}", "threads": torch.get_num_threads(),
             "commit": commit or "unknown"}

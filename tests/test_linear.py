@@ -1,6 +1,7 @@
 """Linear layers for few tokens against F.linear, and decisions under autocast."""
 import copy
 import io
+import platform
 
 import pytest
 import torch
@@ -9,17 +10,19 @@ import torch.nn.functional as F
 
 import decode
 from exits import full_depth
-from linear import ONEDNN, Linear, gelu, in_full, linear
+from linear import ONEDNN, Linear, gelu, in_full, linear, processor
 from model import GPT, Block, GPTConfig, Now, Source, Tokens, positions
 from routing import causal
 
 
+@pytest.mark.parametrize("amd", [True, False])
 @pytest.mark.parametrize("out", [48, 50])
 @pytest.mark.parametrize("n", [*range(1, 19)])
-def test_few_tokens_are_as_many(n, out, monkeypatch):
+def test_few_tokens_are_as_many(n, out, amd, monkeypatch):
     """A part of the matrix in the wrong place, tokens exchanged, a bias left out, a gradient lost; also for
     inputs that do not lie in one piece, and rows in two dimensions."""
     monkeypatch.setattr("linear.LARGE", 0)
+    monkeypatch.setattr("linear.AMD", amd)
     torch.manual_seed(n)
     layer = Linear(12, out).double()
     rows = torch.randn(n, 12, dtype=torch.double, requires_grad=True)
@@ -68,6 +71,31 @@ def test_packed_matrices_follow_their_weights(n, monkeypatch):
         agree()
         layer.weight.add_(1)
     agree()
+
+
+@pytest.mark.parametrize("n", [1, 8, 9])
+@pytest.mark.parametrize("amd", [True, False])
+def test_a_matrix_is_cut_only_where_that_is_faster(n, amd, monkeypatch):
+    """Sixteen parts on processors of other makers, where they take twice the time, or for too many tokens."""
+    def watched(*args):
+        seen.append(args)
+        return honest(*args)
+
+    seen, layer, honest = [], Linear(16, 32), torch.baddbmm
+    monkeypatch.setattr("linear.AMD", amd)
+    monkeypatch.setattr(torch, "baddbmm", watched)
+    layer(torch.randn(n, 16))
+    assert len(seen) == (amd and n <= 8)
+
+
+@pytest.mark.parametrize("text, found", [
+    ("vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 9R14\nflags\t\t:\n", "AuthenticAMD AMD EPYC 9R14"),
+    ("processor\t: 0\nCPU part\t: 0xd0c\n", platform.machine()), (None, "")])
+def test_the_processor_is_told_by_its_system(text, found, monkeypatch):
+    """A system that tells nothing, or less, stops every import."""
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: text is not None)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path, encoding: text)
+    assert processor().startswith(found) and processor()
 
 
 def test_compiled_layers_leave_packing_to_the_compiler(monkeypatch):
