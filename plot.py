@@ -118,8 +118,9 @@ def draw_router(depth):
                 label=["ran", "went around"])
         ax.set(title=f"block {n + 1}: {ran.mean():.0%} ran", xlabel="router weight r")
     axes[0][0].set_ylabel("tokens (log)")
-    if axes[0][-1].patches:
-        axes[0][-1].legend(frameon=False, fontsize=9)
+    drawn = [ax for ax in axes[0] if ax.patches]
+    if drawn:
+        fig.legend(*drawn[0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=9)
     return fig
 
 
