@@ -273,6 +273,7 @@ def write_set(out, documents, vocab_size, *, name, source, prompt):
                 os.replace(part / file, out / file)
     except OSError as error:
         raise UserError(f"cannot write the data set: {error}") from None
+    out = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
     print(f"wrote {out} in {time.perf_counter() - start:.1f} s")
 
 
