@@ -146,18 +146,18 @@ class Routed(nn.Module):
         idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody
         if idx.size(1) == 0:
             return x, Visit(torch.zeros_like(score, dtype=torch.bool), score, guess)
-        if idx.size(1) == T and (idx[:, -1] < T).all():                     # everybody: nothing to gather
-            update, choice = self.block.residual(x, at, past, route)
-            y = x + (self.gate(score).unsqueeze(-1) * update).to(x.dtype)
-            return y, Visit(torch.ones_like(score, dtype=torch.bool), score, guess, choice)
         ran, rows = marked(idx, T), past.busy(idx < T)                      # n of B rows, None: all
-        idx, y, gate, pos = (t if rows is None else t[rows] for t in (idx, x, score, at.pos))
-        here, place = idx < T, idx.clamp(max=T - 1)
-        these = at.among(rows, torch.where(here, pos.gather(1, place), FAR))        # (n,k)
-        each = place.unsqueeze(-1).expand(-1, -1, C)                        # (n,k,C)
-        update, choice = self.block.residual(y.gather(1, each), these, past, route)         # (n,k,C)
-        weight = torch.where(here, self.gate(gate.gather(1, place)), 0)     # (n,k)
-        y = y.scatter_add(1, each, (weight.unsqueeze(-1) * update).to(x.dtype))
+        idx, y, r, pos = (t if rows is None else t[rows] for t in (idx, x, score, at.pos))
+        if idx.size(1) == T and (idx[:, -1] < T).all():                     # every token: nothing to gather
+            update, choice = self.block.residual(y, at if rows is None else at.among(rows, pos), past, route)
+            y = y + (self.gate(r).unsqueeze(-1) * update).to(x.dtype)
+        else:
+            here, place = idx < T, idx.clamp(max=T - 1)
+            these = at.among(rows, torch.where(here, pos.gather(1, place), FAR))            # (n,k)
+            each = place.unsqueeze(-1).expand(-1, -1, C)                                    # (n,k,C)
+            update, choice = self.block.residual(y.gather(1, each), these, past, route)     # (n,k,C)
+            weight = torch.where(here, self.gate(r.gather(1, place)), 0)                    # (n,k)
+            y = y.scatter_add(1, each, (weight.unsqueeze(-1) * update).to(x.dtype))
         if choice is not None:          # of the tokens selected; now of all
             expert = torch.full((B, T + 1), -1, device=x.device)
             own = slice(None) if rows is None else rows
