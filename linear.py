@@ -17,7 +17,7 @@ def processor():
 
 PROCESSOR = processor()
 AMD = "AuthenticAMD" in PROCESSOR
-LARGE = 2**16  # a matrix of more numbers is read anew for every token, others may stay in the caches
+LARGE = 2**17  # a matrix of more numbers is read anew for every token, others may stay in the caches
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
