@@ -273,8 +273,8 @@ class Call:
     def emitted(self):
         """-> exit_at (B,T), logits (B,T,V): L and 0 for tokens that are not there. Classifiers that no rule
         has asked are one product."""
-        (seen, who), *others = self.left
-        if not others and seen.rows is None and who.all():
+        (seen, _), *others = self.left
+        if not others and self.cache.call.start is not None:        # all are there, and left at once
             return torch.full_like(self.pos, seen.n), seen.read()
         exit_at, where, known, unknown = [], [], [], []
         for seen, who in sorted(self.left, key=lambda left: left[0].logits is None):
