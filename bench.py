@@ -266,7 +266,7 @@ def reader(model, B, prefix, rule, more=1, ids=None):
     random); from the prefix on again when there is no more room."""
     device, size = model.wte.weight.device, model.config.block_size
     ids = torch.randint(0, model.vocab_size, (B, size), device=device) if ids is None else ids
-    pos, state = positions(ids), {"t": ids.size(1)}
+    pos, state = positions(ids).cpu(), {"t": ids.size(1)}
 
     def go_on():
         t = state["t"]

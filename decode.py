@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from exits import Seen, full_depth, nats, precise
-from model import Tokens, positions
+from model import Tokens
 from routing import FAR, ROUTES, causal, confusion, numbered
 
 
@@ -38,7 +38,8 @@ class Places:
         self.used = [0] * B                                                 # slots filled in each row
 
     def enter(self, pos, rows=None):
-        """Give tokens at pos (n,T), of these rows (n,) or of all, the next slots of their rows -> Slots."""
+        """Give tokens at pos (n,T), of these rows (n,) or of all, the next slots of their rows -> Slots. If
+        pos is on the CPU, nobody waits for a device."""
         numbers = integers(rows, len(pos))
         used, more = [self.used[b] for b in numbers], [sum(p < FAR for p in row) for row in pos.tolist()]
         if max(map(int.__add__, used, more)) >= self.pos.size(1):
@@ -48,10 +49,10 @@ class Places:
         if rows is None and min(used) == max(used) and min(more) == pos.size(1):
             start, end = used[0], used[0] + pos.size(1)
             self.pos[:, start:end] = pos
-            return Slots(torch.arange(start, end, device=pos.device).expand_as(pos), None, start)
+            return Slots(torch.arange(start, end, device=self.pos.device).expand_as(pos), None, start)
         here, first = pos < FAR, torch.tensor(used, device=pos.device).unsqueeze(1)
-        slot = torch.where(here, first + here.cumsum(1) - 1, -1)
-        self.pos[numbered(rows, pos), slot] = pos
+        slot = torch.where(here, first + here.cumsum(1) - 1, -1).to(self.pos.device)
+        self.pos[numbered(rows, slot), slot] = pos.to(self.pos.device)
         return Slots(slot, rows, None)
 
 
@@ -318,7 +319,7 @@ def read(model, ids, pos, cache, rule, route, missing="copy"):
     """
     cache = cache or Cache(model, *pos.shape)
     cache.enter(pos)
-    call = Call(model, model.embed(ids), pos, cache, missing)
+    call = Call(model, model.embed(ids), pos.to(ids.device), cache, missing)
     for n in range(1, call.L + 1):
         call.run(n, route)
         if n == call.L or rule is not full_depth:
@@ -412,22 +413,22 @@ def generate(model, prompts, new, rule, route=causal, temperature=1.0, top=None,
     device, B, P = model.wte.weight.device, len(prompts), check_prompts(model, prompts, new)
     u = np.stack([np.random.default_rng([seed, b]).random(new) for b in range(B)])
     u = torch.from_numpy(u)                             # (B,new); tokens are picked on the CPU, in float64
-    length = torch.tensor([len(p) for p in prompts], device=device)
+    length = torch.tensor([len(p) for p in prompts])    # and so is what decides about the next position
     going = torch.ones_like(length, dtype=torch.bool)
     past = Cache(model, B, P + new, source)
     ids, pos = pad(prompts, device)
     found = read(model, ids, pos, past, rule, route, missing)
-    logits = found.logits[torch.arange(B, device=device), length - 1]
+    logits = found.logits[torch.arange(B), length - 1]
     written, exits, visits = [], [found.exit_at], [found.visited]
     for i in range(new):
-        token = pick(chances(logits.cpu(), temperature, top), u[:, i]).to(device)
+        token = pick(chances(logits.cpu(), temperature, top), u[:, i])
         written.append(torch.where(going, token, -1))
         if end is not None:
             going = going & (token != end)
         if i + 1 == new or not going.any():
             break
         pos = torch.where(going, length + i, FAR).unsqueeze(1)
-        found = read(model, token.unsqueeze(1), pos, past, rule, route, missing)
+        found = read(model, token.unsqueeze(1).to(device), pos, past, rule, route, missing)
         logits = found.logits[:, 0]
         exits.append(found.exit_at)
         visits.append(found.visited)
@@ -501,10 +502,9 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
         room = min(ahead, P + new - first - 1)
         for i in range(room + 1):
             t = cache.places.used[0]
-            unread = torch.tensor([ids[t:]], device=device)
-            pos = positions(unread) + t
+            unread, pos = torch.tensor([ids[t:]], device=device), torch.arange(t, len(ids)).unsqueeze(0)
             cache.enter(pos)
-            x, ran = climb(model, cache, model.embed(unread), pos, range(1, E + 1), route)
+            x, ran = climb(model, cache, model.embed(unread), pos.to(device), range(1, E + 1), route)
             cache.leave(x)
             below.append(ran)
             if i < room:
@@ -608,7 +608,7 @@ def beam_search(model, prompts, new, rule, beam, route=causal, penalty=1.0, end=
         source = past.source
         flat = [(b, h) for b, row in zip(going, live, strict=True) for h in row]
         ids = torch.tensor([[h.written[-1]] for _, h in flat], device=device)
-        pos = torch.tensor([[len(prompts[b]) + i] for b, _ in flat], device=device)
+        pos = torch.tensor([[len(prompts[b]) + i] for b, _ in flat])
         found = read(model, ids, pos, past, rule, route, missing)
         logits = precise(found.logits[:, 0])
         how = iter(zip(found.exit_at[:, 0].tolist(), found.visited[:, 0].tolist(), strict=True))
