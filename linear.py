@@ -37,7 +37,7 @@ def linear(x, weight, bias=None):
     vectors. More rows, in inference mode, meet a packed copy of a large matrix, by a private operator of
     torch.compile."""
     (out, C), n = weight.shape, x.numel() // x.size(-1)
-    if not x.is_cpu or torch.is_autocast_enabled("cpu") or n <= 4 and not AMD:
+    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     large = n > 4 and ONEDNN and out * C > LARGE and x.dtype == torch.float32
     if large and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
