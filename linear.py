@@ -16,38 +16,43 @@ def processor():
 
 
 PROCESSOR = processor()
-AMD = "AuthenticAMD" in PROCESSOR
+AMD, INTEL = "AuthenticAMD" in PROCESSOR, "GenuineIntel" in PROCESSOR
 LARGE = 2**17  # a matrix of more numbers is read anew for every token, others may stay in the caches
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def packed(weight):
-    """A copy of weight in oneDNN's own order, kept with the parameter until that changes."""
-    if weight.is_inference():               # whose changes nobody counts
-        return weight
+    """A copy of weight (out,C) in the order in which many rows meet it fastest, kept with the parameter until
+    that changes: oneDNN's own on AMD, 8 parts of its transpose (8,C,out/8) on Intel."""
     now = weight._version, weight.data_ptr()
     if getattr(weight, "packed", (None,))[0] != now:
-        weight.packed = now, torch.ops.mkldnn._reorder_linear_weight(weight)
+        weight.packed = now, (torch.ops.mkldnn._reorder_linear_weight(weight) if AMD else
+                              weight.view(8, -1, weight.size(1)).transpose(1, 2).contiguous())
     return weight.packed[1]
 
 
 def linear(x, weight, bias=None):
-    """F.linear. Decoding on a CPU waits for weights to be read. On AMD a few tokens are multiplied by a batch
-    of 16 parts of the matrix: BLAS lets all threads read a batch there, but one alone a matrix for so few
-    vectors. More rows, in inference mode, meet a packed copy of a large matrix, by a private operator of
-    torch.compile."""
+    """F.linear. Decoding on a CPU waits for weights to be read, and that depends on who made the processor. In
+    inference mode four rows or more meet a packed copy of a large matrix, on AMD by a private operator of
+    torch.compile, on Intel as a batch of 8 parts. A few tokens on AMD are multiplied by a batch of 16 parts of
+    the matrix: all threads read a batch there, but one alone a matrix for so few vectors."""
     (out, C), n = weight.shape, x.numel() // x.size(-1)
-    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+    if not x.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    large = n > 4 and ONEDNN and out * C > LARGE and x.dtype == torch.float32
-    if large and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        weight = packed(weight) if len(x) > 4 else weight               # one text's prompt is read only once
+    large = out * C > LARGE and x.dtype == torch.float32 and torch.is_inference_mode_enabled()
+    many = large and len(x) > 3 and not weight.is_inference()       # one text's prompt is read only once, and
+    if AMD and large and n > 4 and ONEDNN:                          # changes in inference mode nobody counts
+        weight = packed(weight) if many else weight
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if n > 8 or out % 16 or not AMD:
-        return F.linear(x, weight, bias)
-    parts, columns = weight.view(16, -1, C), x.contiguous().as_strided((16, C, n), (0, 1, C))
-    y = torch.bmm(parts, columns) if bias is None else torch.baddbmm(bias.view(16, -1, 1), parts, columns)
-    return (y if n == 1 else y.view(out, n).t().contiguous()).view(*x.shape[:-1], out)  # y^T = W x^T + b
+    if AMD and n <= 8 and out % 16 == 0:
+        parts, columns = weight.view(16, -1, C), x.contiguous().as_strided((16, C, n), (0, 1, C))
+        y = torch.bmm(parts, columns) if bias is None else torch.baddbmm(bias.view(16, -1, 1), parts, columns)
+        return (y if n == 1 else y.view(out, n).t().contiguous()).view(*x.shape[:-1], out)  # y^T = W x^T + b
+    if INTEL and many and n <= 64 and out % 8 == 0:
+        y = torch.bmm(x.reshape(1, n, C).expand(8, -1, -1), packed(weight)).transpose(0, 1)     # (n,8,out/8)
+        y = y if bias is None else torch.add(y, bias.view(8, -1), out=y.new_empty(n, 8, out // 8))
+        return y.reshape(*x.shape[:-1], out)
+    return F.linear(x, weight, bias)
 
 
 def gelu(x):

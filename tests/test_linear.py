@@ -15,14 +15,25 @@ from model import GPT, Block, GPTConfig, Now, Source, Tokens, positions
 from routing import causal
 
 
-@pytest.mark.parametrize("amd", [True, False])
+@pytest.fixture(params=["amd", "intel", "other"])
+def maker(request, monkeypatch):
+    """Who made the processor: paths for other makers run everywhere, only slower."""
+    monkeypatch.setattr("linear.AMD", request.param == "amd")
+    monkeypatch.setattr("linear.INTEL", request.param == "intel")
+    monkeypatch.setattr("linear.LARGE", 0)
+    return request.param
+
+
+def packs(n, out, maker):
+    """Are matrices of `out` rows packed for n rows of x?"""
+    return {"amd": ONEDNN and n > 4, "intel": 4 <= n <= 64 and out % 8 == 0, "other": False}[maker]
+
+
 @pytest.mark.parametrize("out", [48, 50])
 @pytest.mark.parametrize("n", [*range(1, 19)])
-def test_few_tokens_are_as_many(n, out, amd, monkeypatch):
+def test_few_tokens_are_as_many(n, out, maker):
     """A part of the matrix in the wrong place, tokens exchanged, a bias left out, a gradient lost; also for
     inputs that do not lie in one piece, and rows in two dimensions."""
-    monkeypatch.setattr("linear.LARGE", 0)
-    monkeypatch.setattr("linear.AMD", amd)
     torch.manual_seed(n)
     layer = Linear(12, out).double()
     rows = torch.randn(n, 12, dtype=torch.double, requires_grad=True)
@@ -40,8 +51,9 @@ def test_few_tokens_are_as_many(n, out, amd, monkeypatch):
                 assert torch.allclose(a, b, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("n", [1, 4, 5, 40])
-def test_packed_matrices_follow_their_weights(n, monkeypatch):
+@pytest.mark.parametrize("out", [48, 50])
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 64, 65])
+def test_packed_matrices_follow_their_weights(n, out, maker):
     """A matrix packed once and used after its weights have changed, by a step, by other memory, as another
     parameter, through .data before a new cache; packed where gradients are wanted, or for one text alone."""
     def agree():
@@ -50,42 +62,39 @@ def test_packed_matrices_follow_their_weights(n, monkeypatch):
                 with torch.inference_mode():
                     torch.testing.assert_close(linear(x, layer.weight, bias), F.linear(x, layer.weight, bias))
 
-    monkeypatch.setattr("linear.LARGE", 0)
     torch.manual_seed(n)
-    layer, rows = Linear(12, 48), torch.randn(n, 12)
+    layer, rows = Linear(12, out), torch.randn(n, 12)
     with torch.inference_mode():
         layer(rows[None])
         copy.deepcopy(layer).double()(rows.double())
     assert not hasattr(layer.weight, "packed") and layer(rows).requires_grad
     agree()
-    assert hasattr(layer.weight, "packed") == (n > 4 and ONEDNN)
+    assert hasattr(layer.weight, "packed") == packs(n, out, maker)
     with torch.no_grad():
         layer.weight.add_(1)
     agree()
-    layer.weight.data = torch.randn(48, 12)
+    layer.weight.data = torch.randn(out, 12)
     agree()
-    layer.weight = nn.Parameter(torch.randn(48, 12))
+    layer.weight = nn.Parameter(torch.randn(out, 12))
     agree()
     with torch.inference_mode():
-        layer.weight = nn.Parameter(torch.randn(48, 12))
+        layer.weight = nn.Parameter(torch.randn(out, 12))
         agree()
         layer.weight.add_(1)
     agree()
 
 
 @pytest.mark.parametrize("n", [1, 8, 9])
-@pytest.mark.parametrize("amd", [True, False])
-def test_a_matrix_is_cut_only_where_that_is_faster(n, amd, monkeypatch):
+def test_a_matrix_is_cut_only_where_that_is_faster(n, maker, monkeypatch):
     """Sixteen parts on processors of other makers, where they take twice the time, or for too many tokens."""
     def watched(*args):
         seen.append(args)
         return honest(*args)
 
     seen, layer, honest = [], Linear(16, 32), torch.baddbmm
-    monkeypatch.setattr("linear.AMD", amd)
     monkeypatch.setattr(torch, "baddbmm", watched)
     layer(torch.randn(n, 16))
-    assert len(seen) == (amd and n <= 8)
+    assert len(seen) == (maker == "amd" and n <= 8)
 
 
 @pytest.mark.parametrize("text, found", [
@@ -98,29 +107,36 @@ def test_the_processor_is_told_by_its_system(text, found, monkeypatch):
     assert processor().startswith(found) and processor()
 
 
-def test_compiled_layers_leave_packing_to_the_compiler(monkeypatch):
+def test_small_matrices_are_not_packed(maker, monkeypatch):
+    """A copy of every matrix, of which the caches hold the small ones anyway."""
+    layer = Linear(12, 48)
+    for size, packs in (12 * 48, False), (12 * 48 - 1, maker in ("amd" if ONEDNN else "", "intel")):
+        monkeypatch.setattr("linear.LARGE", size)
+        with torch.inference_mode():
+            layer(torch.randn(6, 12))
+        assert hasattr(layer.weight, "packed") == packs
+
+
+def test_compiled_layers_leave_packing_to_the_compiler(maker):
     """A question that the compiler cannot follow, and so a graph in pieces."""
-    monkeypatch.setattr("linear.LARGE", 0)
     layer, x = Linear(12, 48), torch.randn(6, 12)
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 
 
-def test_a_cache_begins_with_the_weights_as_they_are(monkeypatch):
+def test_a_cache_begins_with_the_weights_as_they_are(maker):
     """Weights changed through .data, which nobody counts, and an old packed copy of them."""
-    monkeypatch.setattr("linear.LARGE", 0)
     model, ids = GPT(GPTConfig(2, 2, 32, block_size=16), 50).eval(), torch.randint(0, 50, (6, 8))
     for _ in range(2):
         for p in model.parameters():
             p.data.mul_(1.5)
         found = decode.read(model, ids, positions(ids), None, full_depth, causal)
-        assert hasattr(model.blocks[0].attn.qkv.weight, "packed") == ONEDNN
+        assert hasattr(model.blocks[0].attn.qkv.weight, "packed") == packs(6 * 8, 96, maker)
         torch.testing.assert_close(found.logits, model(ids, causal).detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_packed_matrices_stay_out_of_checkpoints(monkeypatch):
+def test_packed_matrices_stay_out_of_checkpoints(maker):
     """A copy of the weights that is written with them, or keeps a deep copy from its own."""
-    monkeypatch.setattr("linear.LARGE", 0)
     torch.manual_seed(0)
     layer, x = Linear(12, 48), torch.randn(6, 12)
     with torch.inference_mode():
