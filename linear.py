@@ -32,15 +32,16 @@ def packed(weight):
 
 
 def linear(x, weight, bias=None):
-    """F.linear. Decoding on a CPU waits for weights to be read, and that depends on who made the processor. In
+    """F.linear. Decoding on a CPU waits for weights to be read, and how long depends on who made it. In
     inference mode four rows or more meet a packed copy of a large matrix, on AMD by a private operator of
-    torch.compile, on Intel as a batch of 8 parts. A few tokens on AMD are multiplied by a batch of 16 parts of
-    the matrix: all threads read a batch there, but one alone a matrix for so few vectors."""
-    (out, C), n = weight.shape, x.numel() // x.size(-1)
-    if not x.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    torch.compile, on Intel as a batch of 8 parts. A few tokens on AMD are multiplied by a batch of 16 parts:
+    all threads read a batch there, but one alone a matrix for so few vectors."""
+    some = AMD or INTEL and x.size(0) > 3           # rows
+    if not some or not x.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
+    (out, C), n = weight.shape, x.numel() // x.size(-1)
     large = out * C > LARGE and x.dtype == torch.float32 and torch.is_inference_mode_enabled()
-    many = large and len(x) > 3 and not weight.is_inference()       # one text's prompt is read only once, and
+    many = large and x.size(0) > 3 and not weight.is_inference()    # one text's prompt is read only once, and
     if AMD and large and n > 4 and ONEDNN:                          # changes in inference mode nobody counts
         weight = packed(weight) if many else weight
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

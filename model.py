@@ -118,7 +118,7 @@ class Source:
     def keys_values(self, cross):
         """k, v (B,nh,S,hs) for one block's CrossAttention."""
         half = torch.is_autocast_enabled(self.states.device.type)
-        how = cross, half, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        how = cross.key_value.weight, half, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         if how not in self.made:
             self.made[how] = cross.keys_values(self.states)
         return self.made[how]

@@ -11,7 +11,7 @@ from conftest import texts, tiny
 import decode
 import exits
 from data.batches import Batch
-from model import Now, Tokens, positions
+from model import MLP, Now, Tokens, positions
 from routing import causal, top_k
 
 MODELS = {
@@ -205,6 +205,55 @@ def test_batch_is_rows(model):
             alone = decode.read(model, row, positions(row), None, exits.full_depth, route)
             assert torch.equal(whole.visited[b:b + 1], alone.visited)
             close(whole.logits[b:b + 1], alone.logits)
+
+
+def test_a_bare_model_is_the_model(model):
+    """A part called as ever or looked for in vain, a copied parameter, a change in place that is not seen."""
+    ids, copy = texts(), decode.bare(model)
+    close(copy(ids, causal).detach(), model(ids, causal).detach())
+    assert all(a is b for a, b in zip(copy.parameters(), model.parameters(), strict=True))
+    for a, b in zip(copy.modules(), model.modules(), strict=True):
+        assert type(a) is not type(b) and isinstance(a, type(b))
+        assert {*b._parameters, *b._buffers, *b._modules} <= {*vars(a)}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    close(copy(ids, causal).detach(), model(ids, causal).detach())
+
+
+def full(model, ids):
+    return decode.read(model, ids, positions(ids), None, exits.full_depth, top_k).logits
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward", "compiler"])
+@pytest.mark.parametrize("part", ["blocks.0.mlp", "blocks.1.block.attn.qkv", "blocks.2.attn.proj"])
+def test_who_watches_a_module_sees_it_called(part, how):
+    """A call that goes around hooks, the user's own forward or the compiler."""
+    def saw(*args):
+        seen.append(args)
+
+    def compiled(graph, _):
+        return lambda *args: saw() or graph(*args)
+
+    model, ids, seen = tiny(capacity=1.0), texts(), []
+    wanted, module = full(model, ids), model.get_submodule(part)
+    if how == "forward":
+        forward, module.forward = module.forward, lambda *args: saw() or forward(*args)
+    elif how == "compiler":
+        torch.compiler.reset()
+        module.compile(backend=compiled)
+    else:
+        (module.register_forward_hook if how == "hook" else module.register_forward_pre_hook)(saw)
+    close(full(model, ids), wanted)
+    assert seen
+
+
+def test_a_new_forward_of_a_class_is_called(monkeypatch):
+    """The one that a class had when it was first decoded with."""
+    model, ids = tiny(), texts()
+    wanted = full(model, ids)
+    monkeypatch.setattr(MLP, "forward", lambda self, x, pos, route: (0 * x, None))
+    assert not torch.equal(full(model, ids), wanted)
 
 
 def test_some_rows_of_a_cache_are_few_slices():

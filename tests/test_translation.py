@@ -151,14 +151,15 @@ def test_source_keys_and_values_are_made_once_at_the_first_visit(monkeypatch):
     """A decoder that projects the source again for every token, or for blocks that nobody reaches."""
     from model import CrossAttention
     calls, honest = [], CrossAttention.keys_values
-    monkeypatch.setattr(CrossAttention, "keys_values", lambda self, s: calls.append(self) or honest(self, s))
+    monkeypatch.setattr(CrossAttention, "keys_values",
+                        lambda self, s: calls.append(self.key_value.weight) or honest(self, s))
     model, ids = tiny_translator(routed="none"), texts(T=6)
     calls.clear()
     past = decode.Cache(model, 3, 6, model.encode(texts(5, T=7)))
     for t in range(6):
         e = 3 if t == 4 else 2
         decode.read(model, ids[:, t:t + 1], positions(ids)[:, t:t + 1], past, exits.fixed_exit(e), causal)
-        assert calls == [b.cross for b in model.blocks[:3 if t >= 4 else 2]]
+        assert [*map(id, calls)] == [id(b.cross.key_value.weight) for b in model.blocks[:3 if t >= 4 else 2]]
 
 
 # ----------------------------------------------------------------------------- torch's own blocks
