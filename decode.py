@@ -85,14 +85,17 @@ class KV:
 
     def busy(self, here):
         """Rows of here (n,k) in which anybody is, None: in all; the others need not run."""
+        if here.size(0) == 1:           # somebody is in one of them
+            return None
         some = here.any(1)
         return None if some.all() else some.nonzero()[:, 0]
 
     def room(self, slots):
         """Let every row have this many slots at least, and the one that catches tokens that are not there. To
-        grow is to copy all there is, so it is by half, by 64 slots at least, and never beyond the cache's."""
+        grow is to copy all there is: a dense block takes the cache's size at once, a routed one half more."""
         if slots >= self.kv.size(3):
-            size = min(slots + max(64, slots // 2), self.cache.places.pos.size(1))
+            size = self.cache.places.pos.size(1)
+            size = size if self.places is None else min(slots + max(64, slots // 2), size)
             self.kv = F.pad(self.kv, (0, 0, 0, size - self.kv.size(3)))
 
     def join(self, x, at):
@@ -121,11 +124,12 @@ class KV:
         numbers = integers(here.rows, n)
         used = [here.start + T] if here.start is not None else [places.used[b] for b in numbers]
         self.room(max(used))
-        if at.late:
-            (b, j), copies = at.late, kv[:, n:].permute(1, 3, 0, 2, 4).flatten(0, 1)        # (P,2,nh,hs)
-            self.kv[:, b, :, j] = copies.to(self.kv.dtype)
-            q, kv, pos = q[:n], kv[:, :n], pos[:n]
-        if here.start is not None:
+        if at.late:                                                                 # both in one go
+            q, pos = q[:n], pos[:n]
+            own = numbered(here.rows, pos).expand_as(here.slot), here.slot
+            b, j = (torch.cat([o.flatten(), late]) for o, late in zip(own, at.late, strict=True))
+            self.kv[:, b, :, j] = kv.permute(1, 3, 0, 2, 4).flatten(0, 1).to(self.kv.dtype)
+        elif here.start is not None:
             self.kv.narrow(3, here.start, T).copy_(kv)
         else:                                                                               # (n,T,2,nh,hs)
             self.kv[:, numbered(here.rows, pos), :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)
@@ -188,13 +192,13 @@ class Cache:
         self.before = [*self.places.used]
         self.call = self.here = self.places.enter(pos)
 
-    def leave(self, x):
-        """Keep the states (n,T,C) of the rows that run, in case that a later token goes deeper."""
-        slot, rows, start = self.here
-        if start is not None:
-            self.states[:, start:start + x.size(1)] = x
+    def leave(self, x, where=None):
+        """Keep states of the call's tokens, in case that a later one goes deeper: x (B,T,C), or (m,C) of those
+        in these rows and columns (m,)."""
+        if where is None:
+            self.states[:, self.call.start:self.call.start + x.size(1)] = x
         else:
-            self.states[numbered(rows, slot), slot] = x
+            self.states[where[0], self.call.slot[where]] = x
 
     def keep(self, rows):
         """Only these rows (n,) go on in this call."""
@@ -290,26 +294,29 @@ class Call:
                 return
             self.inside = self.inside ^ who
             if self.missing == "copy":
-                self.cache.leave(self.x)
                 self.narrow()
         self.left.append((seen, who))
 
     def emitted(self):
-        """-> exit_at (B,T), logits (B,T,V): L and 0 for tokens that are not there. Classifiers that no rule
-        has asked are one product."""
+        """Keep the states of all -> exit_at (B,T), logits (B,T,V): L and 0 for tokens that are not there.
+        Classifiers that no rule has asked are one product."""
         (seen, _), *others = self.left
         if not others and self.cache.call.start is not None:        # all are there, and left at once
+            if seen.n < self.L:
+                self.cache.leave(seen.states[-1])
             return torch.full_like(self.pos, seen.n), seen.read()
-        exit_at, where, known, unknown = [], [], [], []
+        exit_at, where, states, known, unknown = [], [], [], [], []
         for seen, who in sorted(self.left, key=lambda left: left[0].logits is None):
             row, t = who.nonzero().unbind(1)
             where.append((row if seen.rows is None else seen.rows[row], t))
             exit_at += [seen.n] * len(t)
+            states.append(seen.states[-1][row, t])
             if seen.logits is None:
-                unknown.append((seen.n, seen.states[-1][row, t]))
+                unknown.append((seen.n, states[-1]))
             else:
                 known.append(seen.logits[row, t])
         where = tuple(map(torch.cat, zip(*where, strict=True)))
+        self.cache.leave(torch.cat(states), where)
         made = torch.cat([*known, *([self.model.classifiers.several(unknown)] if unknown else [])])
         logits = made.new_zeros(*self.pos.shape, made.size(-1)).index_put_(where, made)
         found = torch.full_like(self.pos, self.L)
@@ -317,13 +324,16 @@ class Call:
 
     def found(self):
         """-> Read, when nobody is inside any more."""
-        (exit_at, logits), here = self.emitted(), self.pos < FAR
-        unknown = torch.full(here.shape, torch.nan, device=here.device)
-        ran, worked, score = (torch.stack([of.get(n, rest) for n in range(self.L)], -1) if of else
-                              rest.unsqueeze(-1).expand(-1, -1, self.L)
-                              for of, rest in ((self.ran, here), (self.worked, here), (self.score, unknown)))
-        visited = ran & (exit_at.unsqueeze(-1) > torch.arange(self.L, device=here.device))
-        return Read(logits, exit_at, visited, score.float(), visited & worked)
+        def of_blocks(of, rest):
+            return torch.stack([of.get(n, rest) for n in range(self.L)], -1)
+
+        (exit_at, logits), here, device = self.emitted(), self.pos < FAR, self.pos.device
+        visited = (exit_at.unsqueeze(-1) > torch.arange(self.L, device=device)) & here.unsqueeze(-1)
+        unknown = torch.full(here.shape, torch.nan, device=device)
+        score = of_blocks(self.score, unknown) if self.score else unknown.unsqueeze(-1).expand_as(visited)
+        visited = visited & of_blocks(self.ran, here) if self.ran else visited
+        worked = visited & of_blocks(self.worked, here) if self.worked else visited
+        return Read(logits, exit_at, visited, score.float(), worked)
 
 
 @torch.inference_mode()

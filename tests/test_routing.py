@@ -132,7 +132,7 @@ def test_8_empty_slots_are_never_seen(size, step, monkeypatch):
 
 def test_keys_and_values_take_memory_as_tokens_come():
     """Room for a whole text in a block that runs an eighth of it, or in one that nobody comes to; or room for
-    so few more that everything is copied again and again."""
+    so few more that everything is copied again and again, in a dense block even once."""
     model, ids = tiny(n_layer=4, block_size=512), texts(rows=2, T=400)
     for rule, reached in ((exits.full_depth, 4), (exits.fixed_exit(2), 2)):
         past, sizes = decode.Cache(model, 2, 400), [set() for _ in range(4)]
@@ -142,10 +142,10 @@ def test_keys_and_values_take_memory_as_tokens_come():
             for kv, seen in zip(past, sizes, strict=True):
                 seen.add(kv.kv.size(3) - 1)
                 ran, room = max(kv.used), kv.kv.size(3)
-                assert room == 1 or ran < room <= max(1.5 * ran, ran + 64)
+                assert room == 1 or ran < room <= max(1.5 * ran, ran + 64) or kv.places is None
         room = [kv.kv.size(3) - 1 for kv in past]
         assert room[reached:] == [0] * (4 - reached) and room[0] == 400 and 0 < room[1] < 200
-        assert len(sizes[0]) == 5
+        assert len(sizes[0]) == 1 and len(sizes[1]) <= 3
 
 
 def test_9_the_router_learns_from_the_language_model():
