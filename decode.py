@@ -20,8 +20,8 @@ from routing import FAR, ROUTES, causal, confusion, numbered
 class Slots(NamedTuple):
     """Where the tokens of a call, (n,T), stand in a cache."""
     slot: torch.Tensor          # (n,T), -1 for tokens that are not there: the last of every buffer
-    rows: torch.Tensor | None   # (n,) the rows they belong to, None: all
-    start: int | None           # every row has the slots start .. start + T - 1; None: not so regular
+    rows: torch.Tensor | None   # (n,) the rows they belong to, None: all; (n,T) of tokens with late ones
+    start: int | None           # every row has the slots from start on; None: not so regular
 
 
 def integers(rows, n):
@@ -99,40 +99,47 @@ class KV:
             self.kv = F.pad(self.kv, (0, 0, 0, size - self.kv.size(3)))
 
     def join(self, x, at):
-        """x (n,T,C) and, as further rows, the copied states below these tokens that lack keys and values: one
-        product makes those of all. -> (n + R,T,C), their Tokens."""
+        """x (n,T,C) and the copied states below these tokens that lack keys and values, so that one product
+        makes those of all: (n,R + T,C) if all rows lack the same slots, else as further rows (n + R,T,C).
+        -> these, their Tokens."""
         if self.places is not None:
             return x, at
-        rows = integers(self.cache.here.rows, self.cache.here.slot.size(0))
-        due = [(b, j) for b in rows for j in range(self.filled[b], self.cache.before[b])]
-        for b in rows:
-            self.filled[b] = self.cache.places.used[b]
+        cache, (slot, rows, start) = self.cache, self.cache.here
+        numbers = integers(rows, slot.size(0))
+        filled = [self.filled[b] for b in numbers]
+        for b in numbers:
+            self.filled[b] = cache.places.used[b]
+        first = min(filled)
+        if start is not None and first == max(filled):
+            if first == start:
+                return x, at
+            pos = torch.cat([cache.places.pos[:, first:start], at.pos], 1)
+            return torch.cat([cache.states[:, first:start], x], 1), Tokens(pos, late=Slots(None, None, first))
+        due = [(b, j) for b, f in zip(numbers, filled, strict=True) for j in range(f, cache.before[b])]
         if not due:
             return x, at
         due += [(0, -1)] * (-len(due) % x.size(1))              # nobody's slot, to fill the last row
-        b, j = torch.tensor(due, device=x.device).unbind(1)                                 # (P,)
-        pos = self.cache.places.pos[b, j].view(-1, x.size(1))                               # (R,T)
-        x = torch.cat([x, self.cache.states[b, j].view(-1, *x.shape[1:])])
-        return x, Tokens(torch.cat([at.pos, pos]), rows=at.rows, late=(b, j))
+        b, j = torch.tensor(due, device=x.device).view(-1, x.size(1), 2).unbind(2)          # (R,T)
+        late = Slots(torch.cat([slot, j]), torch.cat([numbered(rows, slot).expand_as(slot), b]), None)
+        pos = torch.cat([at.pos, cache.places.pos[b, j]])
+        return torch.cat([x, cache.states[b, j]]), Tokens(pos, rows=at.rows, late=late)
 
     def attend(self, q, kv, at, dropout):
-        """Keep kv (2,n + R,nh,T,hs) of these tokens and of those that joined late, then let q (n + R,nh,T,hs)
-        of the former see everything up to its own position -> (n,nh,T,hs)."""
-        places, T, attention = self.places or self.cache.places, q.size(2), F.scaled_dot_product_attention
+        """Keep keys and values of these tokens and of those that joined late, side by side in kv and q (see
+        `join`), then let q of the former see everything up to its own position -> (n,nh,T,hs)."""
+        places, attention = self.places or self.cache.places, F.scaled_dot_product_attention
         here = self.cache.here if self.places is None else places.enter(at.pos, at.rows)
-        n, pos = here.slot.size(0), at.pos
+        (n, T), pos, to = here.slot.shape, at.pos, at.late or here
         numbers = integers(here.rows, n)
         used = [here.start + T] if here.start is not None else [places.used[b] for b in numbers]
         self.room(max(used))
-        if at.late:                                                                 # both in one go
-            q, pos = q[:n], pos[:n]
-            own = numbered(here.rows, pos).expand_as(here.slot), here.slot
-            b, j = (torch.cat([o.flatten(), late]) for o, late in zip(own, at.late, strict=True))
-            self.kv[:, b, :, j] = kv.permute(1, 3, 0, 2, 4).flatten(0, 1).to(self.kv.dtype)
-        elif here.start is not None:
-            self.kv.narrow(3, here.start, T).copy_(kv)
+        if to.start is not None:
+            self.kv.narrow(3, to.start, kv.size(3)).copy_(kv)
         else:                                                                               # (n,T,2,nh,hs)
-            self.kv[:, numbered(here.rows, pos), :, here.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)
+            rows = to.rows if at.late else numbered(to.rows, to.slot)
+            self.kv[:, rows, :, to.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)
+        if at.late:
+            q, pos = q[:n, :, -T:], pos[:n, -T:]
         if T == 1 and here.rows is not None and pos.device.type == "cpu":
             return torch.cat([attention(q[own], *self.kv[:, rows, :, :M].to(q.dtype).unbind())
                               for own, rows, M in in_steps(numbers, used)])     # where they lie, not gathered
@@ -193,8 +200,8 @@ class Cache:
         self.call = self.here = self.places.enter(pos)
 
     def leave(self, x, where=None):
-        """Keep states of the call's tokens, in case that a later one goes deeper: x (B,T,C), or (m,C) of those
-        in these rows and columns (m,)."""
+        """Keep states of the call's tokens, in case that a later one goes deeper: x (B,T,C) of all, or (m,C)
+        of those in these rows and columns (m,)."""
         if where is None:
             self.states[:, self.call.start:self.call.start + x.size(1)] = x
         else:

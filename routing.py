@@ -87,10 +87,11 @@ def top_k(score, guess, live, capacity):
 
 def causal(score, guess, live, capacity):
     """Each token by its own guess > 0 [MoD 3.5], however many those are. guess (B,T) -> idx (B, most)."""
-    run = guess > 0 if live is None else (guess > 0) & live
-    T, many = run.size(1), [*map(sum, run.tolist())]
+    guess = guess if live is None else guess.masked_fill(~live, -1)
+    T, many = guess.size(1), [sum(g > 0 for g in row) for row in guess.tolist()]
     if max(many) == 0:
-        return run.new_empty((len(run), 0), dtype=torch.long)
+        return torch.empty((guess.size(0), 0), dtype=torch.long, device=guess.device)
+    run = guess > 0
     place = torch.arange(T, device=run.device).expand_as(run)
     return place if min(many) == T else in_time_order(place, run, T)[:, :max(many)]
 
@@ -146,13 +147,15 @@ class Routed(nn.Module):
         idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody
         if idx.size(1) == 0:
             return x, Visit(torch.zeros_like(score, dtype=torch.bool), score, guess)
-        ran, rows = marked(idx, T), past.busy(idx < T)                      # n of B rows, None: all
-        idx, y, r, pos = (t if rows is None else t[rows] for t in (idx, x, score, at.pos))
-        if idx.size(1) == T and (idx[:, -1] < T).all():                     # every token: nothing to gather
+        rows = past.busy(here := idx < T)                                   # n of B rows, None: all
+        some, here, y, r, pos = (t if rows is None else t[rows] for t in (idx, here, x, score, at.pos))
+        whole = some.size(1) == T and here.all()                            # every token: nothing to gather
+        ran = here if whole and rows is None else marked(idx, T)
+        if whole:
             update, choice = self.block.residual(y, at if rows is None else at.among(rows, pos), past, route)
             y = y + (self.gate(r).unsqueeze(-1) * update).to(x.dtype)
         else:
-            here, place = idx < T, idx.clamp(max=T - 1)
+            place = some.clamp(max=T - 1)
             these = at.among(rows, torch.where(here, pos.gather(1, place), FAR))            # (n,k)
             each = place.unsqueeze(-1).expand(-1, -1, C)                                    # (n,k,C)
             update, choice = self.block.residual(y.gather(1, each), these, past, route)     # (n,k,C)
@@ -161,7 +164,7 @@ class Routed(nn.Module):
         if choice is not None:          # of the tokens selected; now of all
             expert = torch.full((B, T + 1), -1, device=x.device)
             own = slice(None) if rows is None else rows
-            expert[own] = expert[own].scatter(1, idx, choice.expert)
+            expert[own] = expert[own].scatter(1, some, choice.expert)
             choice = choice._replace(expert=expert[:, :T])
         return y if rows is None else x.index_copy(0, rows, y), Visit(ran, score, guess, choice)
 
