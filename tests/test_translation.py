@@ -155,11 +155,14 @@ def test_source_keys_and_values_are_made_once_at_the_first_visit(monkeypatch):
                         lambda self, s: calls.append(self.key_value.weight) or honest(self, s))
     model, ids = tiny_translator(routed="none"), texts(T=6)
     calls.clear()
-    past = decode.Cache(model, 3, 6, model.encode(texts(5, T=7)))
+    source = model.encode(texts(5, T=7))
+    past = decode.Cache(model, 3, 6, source)
     for t in range(6):
         e = 3 if t == 4 else 2
         decode.read(model, ids[:, t:t + 1], positions(ids)[:, t:t + 1], past, exits.fixed_exit(e), causal)
         assert [*map(id, calls)] == [id(b.cross.key_value.weight) for b in model.blocks[:3 if t >= 4 else 2]]
+    decode.read(model, ids, positions(ids), decode.Cache(model, 3, 6, source), exits.fixed_exit(3), causal)
+    assert len(calls) == 3
 
 
 # ----------------------------------------------------------------------------- torch's own blocks
