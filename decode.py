@@ -6,6 +6,7 @@ writes nothing there [MoD 3.5], so each routed block's cache holds only the toke
 """
 import functools
 import math
+from bisect import bisect_left
 from typing import NamedTuple
 
 import numpy as np
@@ -221,8 +222,9 @@ class Cache:
     def drop(self, pos):
         """Forget all tokens of a single text at `pos` and after, whichever slots they have."""
         for places in self.all_places():
-            used = int((places.pos < pos).sum())
-            places.pos[:, used:], places.used = FAR, [used]
+            used = bisect_left(places.pos[0].tolist(), pos)
+            if used < places.used[0]:
+                places.pos[:, used:], places.used = FAR, [used]
         for kv in self.blocks:
             kv.filled = [min(kv.filled[0], self.places.used[0])]
 
