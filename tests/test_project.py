@@ -39,7 +39,7 @@ def test_ruff():
 def test_line_budget(capsys):
     """Growth is a decision; see LOG.md for the last one."""
     with capsys.disabled():
-        for title, names, most in (("core", CORE, 2865), ("instruments", INSTRUMENTS, 2750)):
+        for title, names, most in (("core", CORE, 2870), ("instruments", INSTRUMENTS, 2750)):
             lines = {n: len((ROOT / f"{n}.py").read_text("utf-8").splitlines()) for n in names
                      if (ROOT / f"{n}.py").exists()}
             each = ", ".join(f"{n} {k}" for n, k in lines.items())
