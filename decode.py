@@ -495,11 +495,11 @@ def _rows(prompts, written, exits, visits):
 
 def climb(cache, x, pos, blocks, route):
     """Run these blocks on all tokens of a call of a single text, nobody leaving: x (1,T,C), pos (1,T)
-    -> (1,T,C), visited (T, blocks)."""
-    call, here = Call(x, pos, cache), pos < FAR
+    -> (1,T,C), {number of a block that chose, from 0: who ran it (1,T)}."""
+    call = Call(x, pos, cache)
     for n in blocks:
         call.run(n, route)
-    return call.x, torch.stack([call.ran.get(n - 1, here)[0] for n in blocks], -1)
+    return call.x, call.ran
 
 
 def accept(p, q, drafted, u):
@@ -564,11 +564,14 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
                 break
         else:
             ids.append(int(pick(p[-1:], torch.from_numpy(rng.random(1)))))
-        visits.append(torch.cat([torch.cat(below), above], -1)[:len(ids) - 1 - start])
+        above |= {n: torch.cat([ran[n] for ran in below], 1) for n in below[0]}
+        visits.append({n: ran[0, :len(ids) - 1 - start] for n, ran in above.items()})
         start = len(ids) - 1                                                    # the last one is unread
         cache.drop(start)
-    visited = torch.cat(visits).cpu().numpy()
-    return Drafted(Generated(ids, P, np.full(len(visited), L), visited), drafted, kept)
+    visited = np.ones((start, L), bool)
+    for n in visits[0]:
+        visited[:, n] = torch.cat([ran[n] for ran in visits]).cpu()
+    return Drafted(Generated(ids, P, np.full(start, L), visited), drafted, kept)
 
 
 # ----------------------------------------------------------------------------- beam search
