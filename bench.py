@@ -449,7 +449,8 @@ def mixtures(o, device, model, ids, P, rules):
     works = {e: reader(model, 1, P, fixed_exit(e), T - P, ids) for e in range(1, L + 1)}
     works |= {name: reader(model, 1, P, rule, T - P, ids) for name, rule in rules.items()}
     works["look"] = reader(model, 1, P, look, T - P, ids)
-    block, at = getattr(model.blocks[0], "block", model.blocks[0]), Tokens(positions(x[..., 0]))
+    block, at = decode.bare(model).blocks[0], Tokens(positions(x[..., 0]))          # as decoding calls it
+    block = getattr(block, "block", block)
     works["copy"] = lambda: [block.attn.heads(block.attn.qkv(block.ln1(x)), at) for _ in range(T - P)]
     times = in_turns(works, o.repeats, device)
     for name, rule in rules.items():

@@ -20,7 +20,7 @@ from routing import FAR, ROUTES, causal, confusion, numbered
 
 class Slots(NamedTuple):
     """Where the tokens of a call, (n,T), stand in a cache."""
-    slot: torch.Tensor          # (n,T), -1 for tokens that are not there: the last of every buffer
+    slot: torch.Tensor | None   # (n,T), -1 for tokens that are not there: the last; None: `start` says all
     rows: torch.Tensor | None   # (n,) the rows they belong to, None: all; (n,T) of tokens with late ones
     start: int | None           # every row has the slots from start on; None: not so regular
 
@@ -86,7 +86,7 @@ class KV:
 
     def busy(self, here):
         """Rows of here (n,k) in which anybody is, None: in all; the others need not run."""
-        if here.size(0) == 1:           # somebody is in one of them
+        if here.size(0) == 1:           # then somebody is in it
             return None
         some = here.any(1)
         return None if some.all() else some.nonzero()[:, 0]
@@ -95,8 +95,8 @@ class KV:
         """Let every row have this many slots at least, and the one that catches tokens that are not there. To
         grow is to copy all there is: a dense block takes the cache's size at once, a routed one half more."""
         if slots >= self.kv.size(3):
-            size = self.cache.places.pos.size(1)
-            size = size if self.places is None else min(slots + max(64, slots // 2), size)
+            most = self.cache.places.pos.size(1)
+            size = most if self.places is None else min(slots + max(64, slots // 2), most)
             self.kv = F.pad(self.kv, (0, 0, 0, size - self.kv.size(3)))
 
     def join(self, x, at):
@@ -176,7 +176,7 @@ def bare(model):
 
 class Cache:
     """What a model remembers of B texts of at most `size` tokens; cache[n] is the KV of block n from 0. Keys
-    and values take memory as tokens come to a block, so less where capacity is low or exits are early.
+    and values take memory when tokens come to a block, so less where capacity is low or exits are early.
 
     model: to read with. before: slots used by each row before this call. call, here: Slots of the call's
     tokens; of the rows that still run.

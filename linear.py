@@ -33,8 +33,8 @@ def packed(weight):
 
 def linear(x, weight, bias=None):
     """F.linear. Decoding on a CPU waits for weights to be read, and how long depends on who made it. In
-    inference mode four rows or more meet a packed copy of a large matrix, on AMD by a private operator of
-    torch.compile, on Intel as a batch of 8 parts. A few tokens on AMD are multiplied by a batch of 16 parts:
+    inference mode four rows or more meet a packed copy of a large matrix, on AMD (five tokens) by a private
+    operator of torch.compile, on Intel as a batch of 8 parts. A few tokens on AMD meet a batch of 16 parts:
     all threads read a batch there, but one alone a matrix for so few vectors."""
     some = AMD or INTEL and x.size(0) > 3           # rows
     if not some or not x.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
