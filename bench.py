@@ -263,10 +263,10 @@ def routed_blocks(o, device):
 
 def reader(model, B, prefix, rule, more=1, ids=None):
     """-> a function that reads `more` tokens, one by one, of B texts after `prefix` others (ids (B,T), or
-    random); from the prefix on again when there is no more room."""
+    random), or fewer; from the prefix on again when there is no more room."""
     device, size = model.wte.weight.device, model.config.block_size
     ids = torch.randint(0, model.vocab_size, (B, size), device=device) if ids is None else ids
-    pos, state = positions(ids).cpu(), {"t": ids.size(1)}
+    pos, state, prefix = positions(ids).cpu(), {"t": ids.size(1)}, min(prefix, ids.size(1) - more)
 
     def go_on():
         t = state["t"]

@@ -1,8 +1,7 @@
 """Decoding: a cache with holes, one pass that serves prompts and single tokens, sampling and beam search.
 
-What a token that does not run leaves behind is where the two papers differ: an exited token writes keys and
-values of its copied state into every dense block above [DAT 2]; a token that goes around a routed block
-writes nothing there [MoD 3.5], so each routed block's cache holds only the tokens it ran.
+What a token that does not run leaves behind is where the two papers differ: an exited token has keys and
+values of its copied state in the dense blocks above [DAT 2], one that goes around a block has none [MoD 3.5].
 """
 import functools
 import math
@@ -18,46 +17,6 @@ from model import Tokens
 from routing import FAR, ROUTES, causal, confusion, numbered
 
 
-class Slots(NamedTuple):
-    """Where the tokens of a call, (n,T), stand in a cache."""
-    slot: torch.Tensor | None   # (n,T), -1 for tokens that are not there: the last; None: `start` says all
-    rows: torch.Tensor | None   # (n,) the rows they belong to, None: all; (n,T) of tokens with late ones
-    start: int | None           # every row has the slots from start on; None: not so regular
-
-
-def integers(rows, n):
-    """The numbers of n rows, a tensor (n,) or None: all -> as integers."""
-    return range(n) if rows is None else rows.tolist()
-
-
-class Places:
-    """Which tokens a cache holds: B rows of `size` slots, filled from the left, plus one that catches tokens
-    that are not there (position FAR) and is never seen. A query sees the slots whose position is at most its
-    own. All dense blocks of a model hold the same tokens and share one of these."""
-
-    def __init__(self, B, size, device=None):
-        self.pos = torch.full((B, size + 1), FAR, device=device)
-        self.used = [0] * B                                                 # slots filled in each row
-
-    def enter(self, pos, rows=None):
-        """Give tokens at pos (n,T), of these rows (n,) or of all, the next slots of their rows -> Slots. If
-        pos is on the CPU, nobody waits for a device."""
-        numbers = integers(rows, len(pos))
-        used, more = [self.used[b] for b in numbers], [sum(p < FAR for p in row) for row in pos.tolist()]
-        if max(map(int.__add__, used, more)) >= self.pos.size(1):
-            raise ValueError(f"no room: this cache holds {self.pos.size(1) - 1} tokens of each text")
-        for b, u, m in zip(numbers, used, more, strict=True):
-            self.used[b] = u + m
-        if rows is None and min(used) == max(used) and min(more) == pos.size(1):
-            start, end = used[0], used[0] + pos.size(1)
-            self.pos[:, start:end] = pos
-            return Slots(torch.arange(start, end, device=self.pos.device).expand_as(pos), None, start)
-        here, first = pos < FAR, torch.tensor(used, device=pos.device).unsqueeze(1)
-        slot = torch.where(here, first + here.cumsum(1) - 1, -1).to(self.pos.device)
-        self.pos[numbered(rows, slot), slot] = pos.to(self.pos.device)
-        return Slots(slot, rows, None)
-
-
 def in_steps(rows, used):
     """Rows of a cache, ascending, as few slices (which of them, which rows of the cache, slots used)."""
     found, i = [], 0
@@ -71,18 +30,64 @@ def in_steps(rows, used):
 
 
 class KV:
-    """Keys and values of one block. A routed block has places of its own, of the tokens it ran; a dense one
-    has those of the whole cache. There, tokens that left below it get the keys and values of their copied
-    states [DAT 2] when the first token comes this deep; if none does, never."""
+    """Keys and values of a dense block, in the slots of the cache. Tokens that left below it get those of
+    their copied states [DAT 2] together with the first token that comes this deep; if none does, never."""
 
-    def __init__(self, cache, routed, n_head, hs, dtype):
-        (B, slots), device = cache.places.pos.shape, cache.places.pos.device
-        self.cache, self.places = cache, Places(B, slots - 1, device) if routed else None
-        self.kv = torch.zeros(2, B, n_head, 1, hs, device=device, dtype=dtype)      # and what `room` adds
-        self.filled = [0] * B           # of a dense block: the slots of each row that have keys and values
+    def __init__(self, cache, n_head, hs, dtype):
+        self.cache, self.filled = cache, 0                                  # slots that have keys and values
+        self.kv = torch.zeros(2, len(cache.pos), n_head, 0, hs, device=cache.pos.device, dtype=dtype)
 
     source = property(lambda self: self.cache.source)       # what a Seq2Seq looks across at
-    used = property(lambda self: (self.places or self.cache.places).used)
+
+    def grow(self, slots, size):
+        """Have `size` slots if there are not this many. To grow is to copy all there is."""
+        if self.kv.size(3) < slots:
+            self.kv = F.pad(self.kv, (0, 0, 0, size - self.kv.size(3)))
+
+    def join(self, x, at):
+        """x (n,T,C), the tokens that run -> the states of all whose keys and values one product should make,
+        their Tokens: (B,R + T,C), the tokens of this call, also those that left below, after the R of earlier
+        calls that came no deeper than below this block."""
+        cache, first = self.cache, self.filled
+        self.filled = cache.end
+        if first == cache.start:
+            return (x, at) if at.rows is None else (cache.now, cache.tokens)
+        if at.rows is None:
+            cache.keep(x)
+        return cache.states[:, first:cache.end], Tokens(cache.pos[:, first:cache.end])
+
+    def attend(self, q, kv, at, dropout):
+        """Keep keys and values of all who joined; let q of those that run see everything up to their own
+        positions -> (n,nh,T,hs)."""
+        cache, T, end = self.cache, self.cache.tokens.pos.size(1), self.cache.end
+        self.grow(end, cache.pos.size(1))
+        self.kv.narrow(3, end - kv.size(3), kv.size(3)).copy_(kv)
+        q, past, seen = q[:, :, -T:], self.kv.narrow(3, 0, end), None       # of a single token: all there is
+        if T > 1 or any(cache.holes[b] for b in cache.numbers):
+            seen = cache.pos[:, None, None, :end] <= cache.tokens.pos[:, None, :, None]     # (B,1,T,end)
+        if cache.rows is None:
+            return F.scaled_dot_product_attention(q, *past.to(q.dtype).unbind(), seen)
+        some = [cache.rows]
+        if T == 1 and q.is_cpu:         # where they lie, not gathered
+            some = [b for _, b, _ in in_steps(cache.numbers, [end] * len(cache.numbers))]
+        return torch.cat([F.scaled_dot_product_attention(q[b], *past[:, b].to(q.dtype).unbind(),
+                                                         None if seen is None else seen[b]) for b in some])
+
+    def drop(self, pos):
+        self.filled = min(self.filled, self.cache.end)
+
+    def select(self, rows):
+        self.kv = self.kv[:, rows]
+
+
+class RoutedKV(KV):
+    """Keys and values of a routed block, of the tokens it ran: rows that are filled from the left, whatever
+    slots the cache has for these tokens, and a last slot that catches those that are not there (position FAR)
+    and is never seen. pos (B,size + 1): theirs. used: slots filled in each row."""
+
+    def __init__(self, cache, n_head, hs, dtype):
+        super().__init__(cache, n_head, hs, dtype)
+        self.pos, self.used = F.pad(torch.full_like(cache.pos, FAR), (0, 1), value=FAR), [0] * len(cache.pos)
 
     def busy(self, here):
         """Rows of here (n,k) in which anybody is, None: in all; the others need not run."""
@@ -91,65 +96,50 @@ class KV:
         some = here.any(1)
         return None if some.all() else some.nonzero()[:, 0]
 
-    def room(self, slots):
-        """Let every row have this many slots at least, and the one that catches tokens that are not there. To
-        grow is to copy all there is: a dense block takes the cache's size at once, a routed one half more."""
-        if slots >= self.kv.size(3):
-            most = self.cache.places.pos.size(1)
-            size = most if self.places is None else min(slots + max(64, slots // 2), most)
-            self.kv = F.pad(self.kv, (0, 0, 0, size - self.kv.size(3)))
-
     def join(self, x, at):
-        """x (n,T,C) and the copied states below these tokens that lack keys and values, so that one product
-        makes those of all: (n,R + T,C) if all rows lack the same slots, else as further rows (n + R,T,C).
-        -> these, their Tokens."""
-        if self.places is not None:
-            return x, at
-        cache, (slot, rows, start) = self.cache, self.cache.here
-        numbers = integers(rows, slot.size(0))
-        filled = [self.filled[b] for b in numbers]
-        for b in numbers:
-            self.filled[b] = cache.places.used[b]
-        first = min(filled)
-        if start is not None and first == max(filled):
-            if first == start:
-                return x, at
-            pos = torch.cat([cache.places.pos[:, first:start], at.pos], 1)
-            return torch.cat([cache.states[:, first:start], x], 1), Tokens(pos, late=Slots(None, None, first))
-        due = [(b, j) for b, f in zip(numbers, filled, strict=True) for j in range(f, cache.before[b])]
-        if not due:
-            return x, at
-        due += [(0, -1)] * (-len(due) % x.size(1))              # nobody's slot, to fill the last row
-        b, j = torch.tensor(due, device=x.device).view(-1, x.size(1), 2).unbind(2)          # (R,T)
-        late = Slots(torch.cat([slot, j]), torch.cat([numbered(rows, slot).expand_as(slot), b]), None)
-        pos = torch.cat([at.pos, cache.places.pos[b, j]])
-        return torch.cat([x, cache.states[b, j]]), Tokens(pos, rows=at.rows, late=late)
+        """Nobody: a token that left runs no router [MoD 3.5]."""
+        return x, at
+
+    def enter(self, at, numbers):
+        """The next slots of these rows for their tokens: (n,T), or a slice if all rows have the same."""
+        pos, used = at.pos, [self.used[b] for b in numbers]
+        more = [sum(p < FAR for p in row) for row in pos.tolist()]
+        for b, u, m in zip(numbers, used, more, strict=True):
+            self.used[b] = u + m
+        if at.rows is None and min(used) == max(used) and min(more) == pos.size(1):
+            slot = slice(used[0], used[0] + pos.size(1))
+            self.pos[:, slot] = pos
+        else:
+            here, first = pos < FAR, torch.tensor(used, device=pos.device).unsqueeze(1)
+            slot = torch.where(here, first + here.cumsum(1) - 1, -1)
+            self.pos[numbered(at.rows, slot), slot] = pos
+        return slot
 
     def attend(self, q, kv, at, dropout):
-        """Keep keys and values of these tokens and of those that joined late, side by side in kv and q (see
-        `join`), then let q of the former see everything up to its own position -> (n,nh,T,hs)."""
-        places, attention = self.places or self.cache.places, F.scaled_dot_product_attention
-        here = self.cache.here if self.places is None else places.enter(at.pos, at.rows)
-        (n, T), pos, to = here.slot.shape, at.pos, at.late or here
-        numbers = integers(here.rows, n)
-        used = [here.start + T] if here.start is not None else [places.used[b] for b in numbers]
-        self.room(max(used))
-        if to.start is not None:
-            self.kv.narrow(3, to.start, kv.size(3)).copy_(kv)
+        rows, (n, T) = at.rows, at.pos.shape
+        numbers = range(n) if rows is None else rows.tolist()
+        slot, used = self.enter(at, numbers), [self.used[b] for b in numbers]
+        most, size = max(used), self.cache.pos.size(1)
+        self.grow(most + 1, min(most + max(64, most // 2), size) + 1)
+        if isinstance(slot, slice):
+            self.kv[:, :, :, slot] = kv
         else:                                                                               # (n,T,2,nh,hs)
-            rows = to.rows if at.late else numbered(to.rows, to.slot)
-            self.kv[:, rows, :, to.slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)
-        if at.late:
-            q, pos = q[:n, :, -T:], pos[:n, -T:]
-        if T == 1 and here.rows is not None and pos.device.type == "cpu":
-            return torch.cat([attention(q[own], *self.kv[:, rows, :, :M].to(q.dtype).unbind())
-                              for own, rows, M in in_steps(numbers, used)])     # where they lie, not gathered
-        M, seen = max(used), None       # a single token is the last of its row: it sees all that is there
-        past = self.kv.narrow(3, 0, M) if here.rows is None else self.kv[:, here.rows, :, :M]
-        if T > 1 or min(used) < M:
-            there = places.pos[:, :M] if here.rows is None else places.pos[here.rows, :M]
-            seen = there[:, None, None] <= pos[:, None, :, None]                            # (n,1,T,M)
-        return attention(q, *past.to(q.dtype).unbind(), seen)
+            self.kv[:, numbered(rows, slot), :, slot] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)
+        if T == 1 and rows is not None and q.is_cpu:        # as in a dense block
+            return torch.cat([F.scaled_dot_product_attention(q[i], *self.kv[:, b, :, :M].to(q.dtype).unbind())
+                              for i, b, M in in_steps(numbers, used)])
+        past, pos = self.kv.narrow(3, 0, most), self.pos.narrow(1, 0, most)
+        past, pos = (past, pos) if rows is None else (past[:, rows], pos[rows])
+        seen = pos[:, None, None] <= at.pos[:, None, :, None] if T > 1 or min(used) < most else None
+        return F.scaled_dot_product_attention(q, *past.to(q.dtype).unbind(), seen)
+
+    def drop(self, pos):
+        self.used = [bisect_left(self.pos[0].tolist(), pos)]
+        self.pos[:, self.used[0]:] = FAR
+
+    def select(self, rows):
+        super().select(rows)
+        self.pos, self.used = self.pos[rows], [self.used[b] for b in rows]
 
 
 @functools.cache
@@ -175,20 +165,24 @@ def bare(model):
 
 
 class Cache:
-    """What a model remembers of B texts of at most `size` tokens; cache[n] is the KV of block n from 0. Keys
-    and values take memory when tokens come to a block, so less where capacity is low or exits are early.
+    """What a model remembers of B texts of at most `size` tokens each, padding included; cache[n] is the KV
+    of block n from 0. Keys and values take memory when tokens come to a block, so less where capacity is low
+    or exits are early.
 
-    model: to read with. before: slots used by each row before this call. call, here: Slots of the call's
-    tokens; of the rows that still run.
+    The tokens of a call take the next slots, the same ones in every row, padding too: it has position FAR,
+    which nothing attends to. `states` has those of the tokens that left, as they left.
     """
 
     def __init__(self, model, B, size, source=None):
         w, nh, routed = model.wte.weight, model.config.n_head, model.config.routed_blocks()
         half = torch.is_autocast_enabled(w.device.type)
         dtype = torch.get_autocast_dtype(w.device.type) if half else w.dtype
-        self.model, self.places, self.source = bare(model), Places(B, size, w.device), source
-        self.states = torch.zeros(B, size + 1, w.size(1), device=w.device, dtype=w.dtype)   # of who left
-        self.blocks = [KV(self, n in routed, nh, w.size(1) // nh, dtype) for n in range(len(model.blocks))]
+        self.model, self.source, self.end = bare(model), source, 0
+        self.pos = torch.full((B, size), FAR, device=w.device)
+        self.states = torch.zeros(B, size, w.size(1), device=w.device, dtype=w.dtype)
+        self.holes = [False] * B                    # rows with padding among their tokens
+        self.blocks = [(RoutedKV if n in routed else KV)(self, nh, w.size(1) // nh, dtype)
+                       for n in range(len(model.blocks))]
         for p in model.parameters():
             vars(p).pop("packed", None)         # of linear.py: nobody counts what is changed through .data
 
@@ -196,48 +190,43 @@ class Cache:
         return self.blocks[n]
 
     def enter(self, pos):
-        """The tokens of a call come, pos (B,T)."""
-        self.before = [*self.places.used]
-        self.call = self.here = self.places.enter(pos)
+        """The tokens of a call come, pos (B,T). If it is on the CPU, nobody waits for a device."""
+        start, end = self.end, self.end + pos.size(1)
+        if end > self.pos.size(1):
+            raise ValueError(f"no room: this cache holds {self.pos.size(1)} tokens of each text")
+        self.pos[:, start:end] = pos
+        there = [[t for t, p in enumerate(row) if p < FAR] for row in pos.tolist()]
+        self.holes = [hole or len(row) < end - start for hole, row in zip(self.holes, there, strict=True)]
+        self.call(start, end, there)
 
-    def leave(self, x, where=None):
-        """Keep states of the call's tokens, in case that a later one goes deeper: x (B,T,C) of all, or (m,C)
-        of those in these rows and columns (m,)."""
-        if where is None:
-            self.states[:, self.call.start:self.call.start + x.size(1)] = x
-        else:
-            self.states[where[0], self.call.slot[where]] = x
-
-    def keep(self, rows):
-        """Only these rows (n,) go on in this call."""
-        self.here = Slots(self.call.slot[rows], rows, None)
+    def call(self, start, end, there):
+        """The call is of the tokens in these slots; there: for each row the places of those that are no
+        padding, in 0..T-1."""
+        self.start, self.end, self.there = start, end, there
+        self.tokens, self.now = Tokens(self.pos[:, start:end]), self.states[:, start:end]
+        self.rows, self.numbers = None, range(len(there))       # that still run: (n,), None: all; as integers
 
     def again(self, start):
-        """The call is of tokens of a single text that came before, from the slot `start` on -> pos (1,T)."""
-        pos = self.places.pos[:, start:self.places.used[0]]
-        slot = torch.arange(start, self.places.used[0], device=pos.device).unsqueeze(0)
-        self.before, self.call, self.here = [start], None, Slots(slot, None, start)
-        return pos
+        """The call is of tokens of a single text that came before, from the slot `start` on."""
+        self.call(start, self.end, [[*range(self.end - start)]])
+
+    def keep(self, x):
+        """The states of the tokens that still run are x (n,T,C) now."""
+        self.now.copy_(x) if self.rows is None else self.now.index_copy_(0, self.rows, x)
 
     def drop(self, pos):
         """Forget all tokens of a single text at `pos` and after, whichever slots they have."""
-        for places in self.all_places():
-            used = bisect_left(places.pos[0].tolist(), pos)
-            if used < places.used[0]:
-                places.pos[:, used:], places.used = FAR, [used]
+        self.end = bisect_left(self.pos[0].tolist(), pos)
+        self.pos[:, self.end:] = FAR
         for kv in self.blocks:
-            kv.filled = [min(kv.filled[0], self.places.used[0])]
-
-    def all_places(self):
-        return self.places, *(kv.places for kv in self.blocks if kv.places is not None)
+            kv.drop(pos)
 
     def select(self, rows, source):
         """Go on with these rows, in any order, also twice (a beam turns), and with this source."""
-        self.source, self.states = source, self.states[rows]
-        for places in self.all_places():
-            places.pos, places.used = places.pos[rows], [places.used[b] for b in rows]
+        self.source, self.pos, self.states = source, self.pos[rows], self.states[rows]
+        self.holes = [self.holes[b] for b in rows]
         for kv in self.blocks:
-            kv.kv, kv.filled = kv.kv[:, rows], [kv.filled[b] for b in rows]
+            kv.select(rows)
 
 
 class Read(NamedTuple):
@@ -250,43 +239,53 @@ class Read(NamedTuple):
 
 
 class Call:
-    """The tokens of one call on their way up: those of the rows in which somebody is `inside`, has not left.
-    missing: see `read`."""
+    """The tokens of the cache's call on their way up, from states x (B,T,C): those of the rows in which
+    somebody is `inside`, has not left: for each of these rows the places of those. missing: see `read`."""
 
-    def __init__(self, x, pos, cache, missing="copy"):
-        self.model, self.cache, self.missing, self.pos = cache.model, cache, missing, pos
+    def __init__(self, x, cache, missing="copy"):
+        self.model, self.cache, self.missing = cache.model, cache, missing
         self.blocks = [*zip(cache.model.blocks, cache.blocks, strict=True)]
         self.L = len(self.blocks)
-        self.x, self.first, self.at, self.inside = x, x, Tokens(pos), pos < FAR
+        self.x, self.first, self.at, self.inside = x, x, cache.tokens, cache.there
         self.ran, self.score, self.worked = {}, {}, {}      # of blocks that chose, by number from 0: (B,T)
-        self.left, self.done = [], False                    # (Seen, who): who left where; all did
-        if cache.here.start is None:
-            self.narrow()
+        self.left, self.done = [], False                    # (Seen, rows, who): who left where; all did
+        self.narrow()
 
     def of_all(self, of_some, missing):
         """(n,T) of the rows that run -> (B,T)."""
         if self.at.rows is None:
             return of_some
-        return of_some.new_full(self.pos.shape, missing).index_copy_(0, self.at.rows, of_some)
+        return of_some.new_full(self.cache.tokens.pos.shape, missing).index_copy_(0, self.at.rows, of_some)
 
     def narrow(self):
         """Let the rows drop out in which nobody is inside, unless that is all."""
-        rows = self.inside.tolist()
-        stay = [i for i, row in enumerate(rows) if any(row)]
+        cache, stay = self.cache, [i for i, row in enumerate(self.inside) if row]
         self.done = not stay
-        if 0 < len(stay) < len(rows):
-            only = torch.tensor(stay, device=self.x.device)
-            self.x, self.first, self.inside = (t.index_select(0, only)
-                                               for t in (self.x, self.first, self.inside))
-            self.at = self.at.among(only, self.at.pos[only])
-            self.cache.keep(self.at.rows)
-        self.at.live = None if all(all(rows[i]) for i in stay) else self.inside
+        if len(stay) < len(self.inside):
+            if cache.rows is None:
+                cache.keep(self.x)
+            if self.done:
+                return
+            self.inside, cache.numbers = ([of[i] for i in stay] for of in (self.inside, cache.numbers))
+            only, cache.rows = torch.tensor([stay, cache.numbers], device=self.x.device)
+            self.x, self.first, pos = (t.index_select(0, only) for t in (self.x, self.first, self.at.pos))
+            self.at = Tokens(pos, rows=cache.rows)
+        if min(map(len, self.inside)) < self.x.size(1):
+            inside = [(i, t) for i, row in enumerate(self.inside) for t in row]
+            self.at.live = torch.zeros_like(self.at.pos, dtype=torch.bool)
+            self.at.live[self.places(inside)] = True
+
+    def places(self, those):
+        """[(row, place)] -> two index tensors."""
+        return torch.tensor(those, device=self.x.device).T.unbind()
 
     def run(self, n, route):
         """Block n, from 1."""
         block, past = self.blocks[n - 1]
         self.x, visit = block(self.x, self.at, past, route)
         self.first = self.x if n == 1 else self.first
+        if self.at.rows is not None or self.at.live is not None:
+            self.cache.keep(self.x)
         if visit.score is not None:
             self.score[n - 1] = self.of_all(visit.score, torch.nan)
             self.ran[n - 1] = self.of_all(visit.ran, False)
@@ -295,48 +294,51 @@ class Call:
 
     def leave(self, n, rule):
         """Those leave after block n that rule wants to, all after the last."""
-        at, source, who = self.at, self.cache.source, self.inside
-        seen = Seen(n, [self.first, self.x], self.model.classifiers, at.pos, source, at.rows)
-        if n < self.L:
-            who = who & rule(seen)
-            if not who.any():
-                return
-            self.inside = self.inside ^ who
-            if self.missing == "copy":
-                self.narrow()
-        self.left.append((seen, who))
+        seen = Seen(n, [self.first, self.x], self.model.classifiers, self.at.pos, self.cache.source,
+                    self.at.rows)
+        wants = rule(seen).tolist() if n < self.L else [[True] * self.x.size(1)] * len(self.inside)
+        who = [(i, t) for i, row in enumerate(self.inside) for t in row if wants[i][t]]
+        if not who:
+            return
+        self.left.append((seen, self.cache.numbers, who))
+        self.inside = [[t for t in row if not wants[i][t]] for i, row in enumerate(self.inside)]
+        if self.missing == "compute":
+            seen.read()         # before its states go on
+        elif n < self.L:
+            self.narrow()
 
     def emitted(self):
-        """Keep the states of all -> exit_at (B,T), logits (B,T,V): L and 0 for tokens that are not there.
-        Classifiers that no rule has asked are one product."""
-        (seen, _), *others = self.left
-        if not others and self.cache.call.start is not None:        # all are there, and left at once
-            if seen.n < self.L:
-                self.cache.leave(seen.states[-1])
-            return torch.full_like(self.pos, seen.n), seen.read()
-        exit_at, where, states, known, unknown = [], [], [], [], []
-        for seen, who in sorted(self.left, key=lambda left: left[0].logits is None):
-            row, t = who.nonzero().unbind(1)
-            where.append((row if seen.rows is None else seen.rows[row], t))
-            exit_at += [seen.n] * len(t)
-            states.append(seen.states[-1][row, t])
+        """-> exit_at (B,T), logits (B,T,V): L and 0 for tokens that are not there. Classifiers that no rule
+        has asked are one product."""
+        cache, pos = self.cache, self.cache.tokens.pos
+        seen, _, who = self.left[0]
+        if len(who) == pos.numel():         # all are there, and left at once
+            return torch.full_like(pos, seen.n), seen.read()
+        exit_at, known, unknown = [[self.L] * pos.size(1) for _ in cache.there], [], []
+        for seen, numbers, who in self.left:
+            where = [(numbers[i], t) for i, t in who]
+            for b, t in where:
+                exit_at[b][t] = seen.n
             if seen.logits is None:
-                unknown.append((seen.n, states[-1]))
+                unknown.append((seen.n, where))
             else:
-                known.append(seen.logits[row, t])
-        where = tuple(map(torch.cat, zip(*where, strict=True)))
-        self.cache.leave(torch.cat(states), where)
-        made = torch.cat([*known, *([self.model.classifiers.several(unknown)] if unknown else [])])
-        logits = made.new_zeros(*self.pos.shape, made.size(-1)).index_put_(where, made)
-        found = torch.full_like(self.pos, self.L)
-        return found.index_put_(where, torch.tensor(exit_at, device=found.device)), logits
+                known.append((self.places(where), seen.logits[self.places(who)]))
+        if unknown:
+            where = self.places([place for _, them in unknown for place in them])
+            states = cache.now[where].split([len(them) for _, them in unknown])
+            known.append((where, self.model.classifiers.several([n for n, _ in unknown], states)))
+        logits = known[0][1].new_zeros(*pos.shape, self.model.vocab_size)
+        for where, some in known:
+            logits[where] = some
+        return torch.tensor(exit_at, device=pos.device), logits
 
     def found(self):
         """-> Read, when nobody is inside any more."""
         def of_blocks(of, rest):
             return torch.stack([of.get(n, rest) for n in range(self.L)], -1)
 
-        (exit_at, logits), here, device = self.emitted(), self.pos < FAR, self.pos.device
+        pos = self.cache.tokens.pos
+        (exit_at, logits), here, device = self.emitted(), pos < FAR, pos.device
         visited = (exit_at.unsqueeze(-1) > torch.arange(self.L, device=device)) & here.unsqueeze(-1)
         unknown = torch.full(here.shape, torch.nan, device=device)
         score = of_blocks(self.score, unknown) if self.score else unknown.unsqueeze(-1).expand_as(visited)
@@ -361,7 +363,7 @@ def read(model, ids, pos, cache, rule, route, missing="copy"):
     """
     cache = cache or Cache(model, *pos.shape)
     cache.enter(pos)
-    call = Call(cache.model.embed(ids), pos.to(ids.device), cache, missing)
+    call = Call(cache.model.embed(ids), cache, missing)
     for n in range(1, call.L + 1):
         call.run(n, route)
         if n == call.L or rule is not full_depth:
@@ -493,10 +495,10 @@ def _rows(prompts, written, exits, visits):
 # ----------------------------------------------------------------------------- lossless drafts
 
 
-def climb(cache, x, pos, blocks, route):
-    """Run these blocks on all tokens of a call of a single text, nobody leaving: x (1,T,C), pos (1,T)
+def climb(cache, x, blocks, route):
+    """Run these blocks on all tokens of the cache's call, of a single text, nobody leaving: x (1,T,C)
     -> (1,T,C), {number of a block that chose, from 0: who ran it (1,T)}."""
-    call = Call(x, pos, cache)
+    call = Call(x, cache)
     for n in blocks:
         call.run(n, route)
     return call.x, call.ran
@@ -543,18 +545,17 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
         q, below, first = [], [], len(ids)
         room = min(ahead, P + new - first - 1)
         for i in range(room + 1):
-            t = cache.places.used[0]
-            unread, pos = torch.tensor([ids[t:]], device=device), torch.arange(t, len(ids)).unsqueeze(0)
-            cache.enter(pos)
-            x, ran = climb(cache, cache.model.embed(unread), pos.to(device), range(1, E + 1), route)
-            cache.leave(x)
+            unread = torch.tensor([ids[cache.end:]], device=device)
+            cache.enter(torch.arange(cache.end, len(ids)).unsqueeze(0))
+            x, ran = climb(cache, cache.model.embed(unread), range(1, E + 1), route)
+            cache.keep(x)
             below.append(ran)
             if i < room:
                 q.append(chances(cache.model.classifiers(E, x[:, -1]).cpu(), temperature, top))
                 ids.append(int(pick(q[-1], torch.from_numpy(rng.random(1)))))
         drafted += room
-        pos = cache.again(start)
-        x, above = climb(cache, cache.states[:, cache.here.slot[0]], pos, range(E + 1, L + 1), route)
+        cache.again(start)
+        x, above = climb(cache, cache.now, range(E + 1, L + 1), route)
         p = chances(cache.model.classifiers(L, x[0, first - 1 - start:]).cpu(), temperature, top)
         for i, u in enumerate(rng.random((len(q), 2))):
             same, token = accept(p[i], q[i][0], ids[first + i], u)

@@ -43,11 +43,12 @@ class Classifiers(nn.Module):
         """The logits (...,V) of the classifier after block n, for h (...,C)."""
         return linear(self.norms[str(n)](h), self.weights["tied" if self.tied else str(n)])
 
-    def several(self, left):
-        """[(n, h (m,C))] -> the logits of all (sum of m, V), in one product if they share a matrix."""
+    def several(self, exits, states):
+        """Blocks n, and states h (m,C) of each -> the logits of all (sum of m, V), in one product if tied."""
         if not self.tied:
-            return torch.cat([self(n, h) for n, h in left])
-        return linear(torch.cat([self.norms[str(n)](h) for n, h in left]), self.weights["tied"])
+            return torch.cat([*map(self, exits, states)])
+        normed = [self.norms[str(n)](h) for n, h in zip(exits, states, strict=True)]
+        return linear(torch.cat(normed), self.weights["tied"])
 
 
 WEIGHTS = {"1": lambda n: 1.0, "n": lambda n: n, "sqrt(n)": lambda n: n**0.5,

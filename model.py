@@ -89,7 +89,6 @@ class Tokens:
     rows: torch.Tensor | None = None        # (B,) their numbers in a call of more rows; None: 0..B-1
     onward: Callable | None = None          # (n, h^n) -> what block n + 1 reads, to scale its gradient
     turns: torch.Tensor | None = None       # (B,T,3,1,hs/2) complex, once a block has asked
-    late: tuple | None = None               # decode.Slots of these and of late ones, see decode.KV.join
 
     def among(self, rows, pos):
         """Tokens at pos (n,k) of these rows (n,) only, None: of all."""

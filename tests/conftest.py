@@ -14,7 +14,7 @@ for folder in (ROOT, ROOT / "tests"):
         sys.path.insert(0, str(folder))
 
 from model import GPT, Attention, GPTConfig, Now, Seq2Seq, Seq2SeqConfig, Tokens, rotations  # noqa: E402
-from routing import causal  # noqa: E402
+from routing import FAR, causal  # noqa: E402
 
 torch.set_num_threads(1)
 V = 23
@@ -64,6 +64,12 @@ def at_random(model, past):
         if getattr(block, "predictor", None):
             block.predictor[2].bias.data -= visit.guess.median() + 0.01
     return model.eval()
+
+
+def held(past):
+    """How many tokens every block of a cache holds or will hold when it is needed, each row by itself."""
+    all_of_them = (past.pos < FAR).sum(1).tolist()
+    return [getattr(kv, "used", all_of_them) for kv in past]
 
 
 def texts(seed=0, rows=3, T=16, vocab=V):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import V, texts, tiny
+from conftest import V, held, texts, tiny
 
 import decode
 import exits
@@ -60,8 +60,8 @@ def test_2_a_routed_cache_keeps_the_original_positions():
     assert 0 < found.visited[..., 1].sum() < 32
     for b in range(2):
         where = found.visited[b, :, 1].nonzero().squeeze(1).tolist()
-        assert past[1].places.pos[b, : len(where)].tolist() == where
-        assert (past[1].places.pos[b, len(where):-1] == FAR).all()
+        assert past[1].pos[b, : len(where)].tolist() == where
+        assert (past[1].pos[b, len(where):-1] == FAR).all()
 
 
 def test_4_the_gate_of_a_token_is_its_own():
@@ -114,12 +114,12 @@ def test_7_a_single_token_can_go_around():
 def test_8_empty_slots_are_never_seen(size, step, monkeypatch):
     """8: zero keys attended; garbage in every slot that nobody filled must not change anything, nor how much
     room is added at a time."""
-    def room_with_garbage(kv, slots):
-        more = slots + step - kv.kv.size(3)
+    def grow_by_garbage(kv, slots, size):
+        more = slots - kv.kv.size(3)
         if more > 0:
-            kv.kv = F.pad(kv.kv, (0, 0, 0, more), value=37.0)
+            kv.kv = F.pad(kv.kv, (0, 0, 0, more + step - 1), value=37.0)
 
-    monkeypatch.setattr(decode.KV, "room", room_with_garbage)
+    monkeypatch.setattr(decode.KV, "grow", grow_by_garbage)
     model, ids = tiny(), texts(rows=2)
     past = decode.Cache(model, 2, size)
     found = [decode.read(model, ids[:, t:t + 1], positions(ids)[:, t:t + 1], past, exits.full_depth, causal)
@@ -127,7 +127,7 @@ def test_8_empty_slots_are_never_seen(size, step, monkeypatch):
     clean = decode.read(model, ids, positions(ids), None, exits.full_depth, causal)
     torch.testing.assert_close(torch.cat([f.logits for f in found], 1), clean.logits)
     ran = clean.visited.sum(1)                                                          # (B,L)
-    assert torch.equal(torch.tensor([kv.used for kv in past]).T, ran)
+    assert torch.equal(torch.tensor(held(past)).T, ran)
 
 
 def test_keys_and_values_take_memory_as_tokens_come():
@@ -137,13 +137,13 @@ def test_keys_and_values_take_memory_as_tokens_come():
     for rule, reached in ((exits.full_depth, 4), (exits.fixed_exit(2), 2)):
         past, sizes = decode.Cache(model, 2, 400), [set() for _ in range(4)]
         for part in ids.split(2, 1):
-            pos = positions(part) + past.places.used[0]
+            pos = positions(part) + past.end
             decode.read(model, part, pos, past, rule, causal)
-            for kv, seen in zip(past, sizes, strict=True):
-                seen.add(kv.kv.size(3) - 1)
-                ran, room = max(kv.used), kv.kv.size(3)
-                assert room == 1 or ran < room <= max(1.5 * ran, ran + 64) or kv.places is None
-        room = [kv.kv.size(3) - 1 for kv in past]
+            for kv, used, seen in zip(past, held(past), sizes, strict=True):
+                ran, room = max(used), kv.kv.size(3)
+                seen.add(room)
+                assert room in (0, 400) or ran < room <= max(1.5 * ran, ran + 64) + 1
+        room = [kv.kv.size(3) for kv in past]
         assert room[reached:] == [0] * (4 - reached) and room[0] == 400 and 0 < room[1] < 200
         assert len(sizes[0]) == 1 and len(sizes[1]) <= 3
 

@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import texts, tiny, tiny_translator
+from conftest import held, texts, tiny, tiny_translator
 
 import decode
 import exits
@@ -63,28 +63,26 @@ def test_the_cache_is_that_of_full_depth(kind, monkeypatch):
 
     def drop(cache, pos):
         honest(cache, pos)
-        seen.append([((kv.places or cache.places).pos.clone(), [*kv.used], [*kv.filled], kv.kv.clone())
-                     for kv in cache])
+        seen.append([(getattr(kv, "pos", cache.pos).clone(), used, kv.filled, kv.kv.clone())
+                     for kv, (used,) in zip(cache, held(cache), strict=True)])
 
     monkeypatch.setattr(decode.Cache, "drop", drop)
     monkeypatch.setattr(decode.KV, "join", lambda *a: no_copies(join, *a))
     found = decode.speculate(model, [1, 2, 3], 15, 1, 4, temperature=0.3)
     assert 0 < found.kept < found.drafted
     for snapshot in seen:
-        read = snapshot[0][1][0]
+        read = snapshot[0][1]
         fresh = decode.Cache(model, 1, 18)
         decode.read(model, torch.tensor([found.text.ids[:read]]), torch.arange(read)[None], fresh,
                     exits.full_depth, causal)
-        for (pos, used, filled, held), kv in zip(snapshot, fresh, strict=True):
-            m = used[0]
-            assert used == kv.used and filled == kv.filled
-            assert torch.equal(pos, (kv.places or fresh.places).pos) and (pos[0, m:] == FAR).all()
-            torch.testing.assert_close(held[..., :m, :], kv.kv[..., :m, :])
+        for (pos, m, filled, kept), kv, (used,) in zip(snapshot, fresh, held(fresh), strict=True):
+            assert m == used and filled == kv.filled
+            assert torch.equal(pos, getattr(kv, "pos", fresh.pos)) and (pos[0, m:] == FAR).all()
+            torch.testing.assert_close(kept[..., :m, :], kv.kv[..., :m, :])
 
 
 def no_copies(join, kv, x, at):
-    if kv.places is None:
-        assert kv.filled == kv.cache.before
+    assert kv.filled == kv.cache.start and at.rows is None
     return join(kv, x, at)
 
 

@@ -6,7 +6,7 @@ import pytest
 import reference_seq2seq as naive
 import torch
 import torch.nn.functional as F
-from conftest import V, texts, tiny, tiny_translator
+from conftest import V, held, texts, tiny, tiny_translator
 from test_equivalence import RULES, by_steps, close, in_loops, same
 
 import cost
@@ -87,7 +87,7 @@ def test_decoding_is_the_papers(model, rule):
         logits, exit_at, visited, cached = loops(model).decode(*row)
         assert np.array_equal(found.exit_at[b], exit_at) and np.array_equal(found.visited[b], visited)
         close(found.logits[b], logits)
-        assert [kv.used[b] for kv in past] == list(cached)
+        assert [rows[b] for rows in held(past)] == list(cached)
     past = decode.Cache(model, *ids.shape, model.encode(source))
     whole = decode.read(model, ids, positions(ids), past, rule, causal)
     same(whole, found)
