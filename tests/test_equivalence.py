@@ -152,12 +152,13 @@ def test_a_text_longer_than_the_context_is_refused():
 
 
 def test_padding_runs_nothing():
-    """Padding or finished rows that are routed, counted as visited, or keep a block busy."""
+    """Padding or finished rows that are routed, counted as visited, or keep a block busy; that left anywhere."""
     model = tiny()
     ids, pos = decode.pad([[1, 2, 3, 4, 5], [6, 7]], "cpu")
     for rule in RULES.values():
         found = decode.read(model, ids, pos, decode.Cache(model, 2, 5), rule, causal)
-        assert not found.visited[1, 2:].any()
+        assert not found.visited[1, 2:].any() and not found.logits[1, 2:].any()
+        assert (found.exit_at[1, 2:] == 4).all()
         assert found.visited[0, :, 0].all() and found.visited[1, :2, 0].all()
 
 
