@@ -93,8 +93,8 @@ class RoutedKV(KV):
         """Rows of here (n,k) in which anybody is, None: in all; the others need not run."""
         if here.size(0) == 1:           # then somebody is in it
             return None
-        some = here.any(1)
-        return None if some.all() else some.nonzero()[:, 0]
+        some = [i for i, row in enumerate(here.tolist()) if any(row)]
+        return None if len(some) == here.size(0) else torch.tensor(some, device=here.device)
 
     def join(self, x, at):
         """Nobody: a token that left runs no router [MoD 3.5]."""
@@ -102,16 +102,16 @@ class RoutedKV(KV):
 
     def enter(self, at, numbers):
         """The next slots of these rows for their tokens: (n,T), or a slice if all rows have the same."""
-        pos, used = at.pos, [self.used[b] for b in numbers]
-        more = [sum(p < FAR for p in row) for row in pos.tolist()]
+        pos, T, used = at.pos, at.pos.size(1), [self.used[b] for b in numbers]
+        more = [sum(p < FAR for p in row) for row in pos.tolist()]              # they come first
         for b, u, m in zip(numbers, used, more, strict=True):
             self.used[b] = u + m
-        if at.rows is None and min(used) == max(used) and min(more) == pos.size(1):
-            slot = slice(used[0], used[0] + pos.size(1))
+        if at.rows is None and min(used) == max(used) and min(more) == T:
+            slot = slice(used[0], used[0] + T)
             self.pos[:, slot] = pos
         else:
-            here, first = pos < FAR, torch.tensor(used, device=pos.device).unsqueeze(1)
-            slot = torch.where(here, first + here.cumsum(1) - 1, -1)
+            slot = [[*range(u, u + m)] + [-1] * (T - m) for u, m in zip(used, more, strict=True)]
+            slot = torch.tensor(slot, device=pos.device)
             self.pos[numbered(at.rows, slot), slot] = pos
         return slot
 

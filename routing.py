@@ -88,12 +88,11 @@ def top_k(score, guess, live, capacity):
 def causal(score, guess, live, capacity):
     """Each token by its own guess > 0 [MoD 3.5], however many those are. guess (B,T) -> idx (B, most)."""
     guess = guess if live is None else guess.masked_fill(~live, -1)
-    T, many = guess.size(1), [sum(g > 0 for g in row) for row in guess.tolist()]
-    if max(many) == 0:
-        return torch.empty((guess.size(0), 0), dtype=torch.long, device=guess.device)
-    run = guess > 0
-    place = torch.arange(T, device=run.device).expand_as(run)
-    return place if min(many) == T else in_time_order(place, run, T)[:, :max(many)]
+    T, rows = guess.size(1), [[t for t, g in enumerate(row) if g > 0] for row in guess.tolist()]
+    most = max(map(len, rows))
+    if most == 0:
+        return torch.empty((len(rows), 0), dtype=torch.long, device=guess.device)
+    return torch.tensor([row + [T] * (most - len(row)) for row in rows], device=guess.device)
 
 
 ROUTES = {"top_k": top_k, "causal": causal}
@@ -148,7 +147,8 @@ class Routed(nn.Module):
         if idx.size(1) == 0:
             return x, Visit(torch.zeros_like(score, dtype=torch.bool), score, guess)
         rows = past.busy(here := idx < T)                                   # n of B rows, None: all
-        some, here, y, r, pos = (t if rows is None else t[rows] for t in (idx, here, x, score, at.pos))
+        some, here, y, r, pos = (t if rows is None else t.index_select(0, rows)
+                                 for t in (idx, here, x, score, at.pos))
         whole = some.size(1) == T and here.all()                            # every token: nothing to gather
         ran = here if whole and rows is None else marked(idx, T)
         if whole:

@@ -152,7 +152,7 @@ def test_a_text_longer_than_the_context_is_refused():
 
 
 def test_padding_runs_nothing():
-    """Padding or finished rows that are routed, counted as visited, or keep a block busy; that left anywhere."""
+    """Padding or finished rows that are routed, counted, said to have left, or keep a block busy."""
     model = tiny()
     ids, pos = decode.pad([[1, 2, 3, 4, 5], [6, 7]], "cpu")
     for rule in RULES.values():
