@@ -345,7 +345,7 @@ def exits_part(o, device):
     model, prefix, L = gpt(o, device), 128, o.n_layer
     for e in sorted({max(1, L * i // 6) for i in range(1, 7)}):
         small = gpt(o, device, n_layer=e)
-        small.load_state_dict(model.state_dict(), strict=False)
+        small.load_state_dict(model.state_dict(), strict=False, assign=True)     # the same memory
         times = in_turns({"exit": reader(model, 1, prefix, fixed_exit(e)),
                           "small": reader(small, 1, prefix, full_depth),
                           "full": reader(model, 1, prefix, full_depth)}, o.repeats, device)
