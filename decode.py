@@ -56,13 +56,13 @@ class KV:
             cache.keep(x)
         return cache.states[:, first:cache.end], Tokens(cache.pos[:, first:cache.end])
 
-    def attend(self, q, kv, at, dropout):
-        """Keep keys and values of all who joined; let q of those that run see everything up to their own
-        positions -> (n,nh,T,hs)."""
-        cache, T, end = self.cache, self.cache.tokens.pos.size(1), self.cache.end
+    def attend(self, qkv, at, dropout):
+        """Keep keys and values of all who joined, qkv (3,B,nh,R + T,hs); let those that run see everything up
+        to their own positions -> (n,nh,T,hs)."""
+        kv, cache, T, end = qkv[1:], self.cache, self.cache.tokens.pos.size(1), self.cache.end
         self.grow(end, cache.pos.size(1))
         self.kv.narrow(3, end - kv.size(3), kv.size(3)).copy_(kv)
-        q, past, seen = q[:, :, -T:], self.kv.narrow(3, 0, end), None       # of a single token: all there is
+        q, past, seen = qkv[0, :, :, -T:], self.kv.narrow(3, 0, end), None   # of a single token: all there is
         if T > 1 or any(cache.holes[b] for b in cache.numbers):
             seen = cache.pos[:, None, None, :end] <= cache.tokens.pos[:, None, :, None]     # (B,1,T,end)
         if cache.rows is None:
@@ -115,8 +115,8 @@ class RoutedKV(KV):
             self.pos[numbered(at.rows, slot), slot] = pos
         return slot
 
-    def attend(self, q, kv, at, dropout):
-        rows, (n, T) = at.rows, at.pos.shape
+    def attend(self, qkv, at, dropout):
+        q, kv, rows, (n, T) = qkv[0], qkv[1:], at.rows, at.pos.shape
         numbers = range(n) if rows is None else rows.tolist()
         slot, used = self.enter(at, numbers), [self.used[b] for b in numbers]
         most, size = max(used), self.cache.pos.size(1)

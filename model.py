@@ -145,9 +145,9 @@ class Now:
         """Who else is due for keys and values: nobody."""
         return x, at
 
-    def attend(self, q, kv, at, dropout):
-        """q (B,nh,T,hs), kv (2,B,nh,T,hs) -> (B,nh,T,hs)."""
-        k, v = kv.unbind()
+    def attend(self, qkv, at, dropout):
+        """Queries, keys and values (3,B,nh,T,hs) -> (B,nh,T,hs)."""
+        q, k, v = qkv.unbind()
         return F.scaled_dot_product_attention(q, k, v, self.seen, dropout, is_causal=self.seen is None)
 
 
@@ -178,8 +178,7 @@ class Attention(nn.Module):
 
     def forward(self, x, at, past):
         """x (B,T,C) -> (B,T,C), without those that joined late."""
-        qkv = self.heads(self.qkv(x), at)
-        y = past.attend(qkv[0], qkv[1:], at, self.dropout if self.training else 0.0)    # (B,nh,T,hs)
+        y = past.attend(self.heads(self.qkv(x), at), at, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
