@@ -119,8 +119,8 @@ class RoutedKV(KV):
         q, kv, rows, (n, T) = qkv[0], qkv[1:], at.rows, at.pos.shape
         numbers = range(n) if rows is None else rows.tolist()
         slot, used = self.enter(at, numbers), [self.used[b] for b in numbers]
-        most, size = max(used), self.cache.pos.size(1)
-        self.grow(most + 1, min(most + max(64, most // 2), size) + 1)
+        most = max(used)
+        self.grow(most + 1, min(most + max(64, most // 2), self.pos.size(1)))
         if isinstance(slot, slice):
             self.kv[:, :, :, slot] = kv
         else:                                                                               # (n,T,2,nh,hs)
