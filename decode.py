@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from exits import Seen, full_depth, nats, precise
 from model import Tokens
-from routing import FAR, ROUTES, causal, confusion, numbered
+from routing import FAR, ROUTES, Visit, causal, confusion, numbered
 
 
 def in_steps(rows, used):
@@ -229,13 +229,43 @@ class Cache:
             kv.select(rows)
 
 
-class Read(NamedTuple):
-    """What `read` found for every token of a call."""
-    logits: torch.Tensor    # (B,T,V) of the classifier at which the token left
-    exit_at: torch.Tensor   # (B,T) in 1..L, the block after which it left
-    visited: torch.Tensor   # (B,T,L) bool, the blocks it ran
-    score: torch.Tensor     # (B,T,L) router weights, nan for dense blocks
-    worked: torch.Tensor    # (B,T,L) bool, the blocks whose MLP it ran: all of `visited` without experts
+class Read:
+    """What `read` found for every token of a call. What the blocks did is stacked when somebody asks.
+
+    logits    (B,T,V) of the classifier at which the token left
+    exit_at   (B,T) in 1..L, the block after which it left
+    visited   (B,T,L) bool, the blocks it ran
+    score     (B,T,L) router weights, nan for dense blocks
+    worked    (B,T,L) bool, the blocks whose MLP it ran: all of `visited` without experts
+    """
+
+    def __init__(self, call):
+        self.exit_at, self.logits = call.emitted()
+        self.here, nobody = call.cache.tokens.pos < FAR, (None, Visit(None))
+        self.visits = [call.visits.get(n, nobody) for n in range(call.L)]
+
+    def of_blocks(self, of, rest):
+        """of(Visit) of the rows that came to each block, `rest` (B,T) of the others -> (B,T,L)."""
+        found = []
+        for rows, visit in self.visits:
+            some = of(visit)
+            found.append(rest if some is None else some.to(rest.dtype) if rows is None else
+                         rest.index_copy(0, rows, some.to(rest.dtype)))
+        return torch.stack(found, -1)
+
+    @functools.cached_property
+    def visited(self):
+        below = self.exit_at.unsqueeze(-1) > torch.arange(len(self.visits), device=self.here.device)
+        return below & self.of_blocks(lambda v: v.ran, self.here)
+
+    @functools.cached_property
+    def score(self):
+        unknown = torch.full_like(self.here, torch.nan, dtype=torch.float)
+        return self.of_blocks(lambda v: v.score, unknown)
+
+    @functools.cached_property
+    def worked(self):
+        return self.visited & self.of_blocks(lambda v: v.choice and v.choice.expert >= 0, self.here)
 
 
 class Call:
@@ -247,15 +277,9 @@ class Call:
         self.blocks = [*zip(cache.model.blocks, cache.blocks, strict=True)]
         self.L = len(self.blocks)
         self.x, self.first, self.at, self.inside = x, x, cache.tokens, cache.there
-        self.ran, self.score, self.worked = {}, {}, {}      # of blocks that chose, by number from 0: (B,T)
-        self.left, self.done = [], False                    # (Seen, rows, who): who left where; all did
+        self.visits = {}                        # of blocks by number from 0: (rows that came, Visit)
+        self.left, self.done = [], False        # (Seen, rows, who): who left where; all did
         self.narrow()
-
-    def of_all(self, of_some, missing):
-        """(n,T) of the rows that run -> (B,T)."""
-        if self.at.rows is None:
-            return of_some
-        return of_some.new_full(self.cache.tokens.pos.shape, missing).index_copy_(0, self.at.rows, of_some)
 
     def narrow(self):
         """Let the rows drop out in which nobody is inside, unless that is all."""
@@ -286,11 +310,7 @@ class Call:
         self.first = self.x if n == 1 else self.first
         if self.at.rows is not None or self.at.live is not None:
             self.cache.keep(self.x)
-        if visit.score is not None:
-            self.score[n - 1] = self.of_all(visit.score, torch.nan)
-            self.ran[n - 1] = self.of_all(visit.ran, False)
-        if visit.choice is not None:
-            self.worked[n - 1] = self.of_all(visit.choice.expert >= 0, False)
+        self.visits[n - 1] = self.at.rows, visit
 
     def leave(self, n, rule):
         """Those leave after block n that rule wants to, all after the last."""
@@ -332,20 +352,6 @@ class Call:
             logits[where] = some
         return torch.tensor(exit_at, device=pos.device), logits
 
-    def found(self):
-        """-> Read, when nobody is inside any more."""
-        def of_blocks(of, rest):
-            return torch.stack([of.get(n, rest) for n in range(self.L)], -1)
-
-        pos = self.cache.tokens.pos
-        (exit_at, logits), here, device = self.emitted(), pos < FAR, pos.device
-        visited = (exit_at.unsqueeze(-1) > torch.arange(self.L, device=device)) & here.unsqueeze(-1)
-        unknown = torch.full(here.shape, torch.nan, device=device)
-        score = of_blocks(self.score, unknown) if self.score else unknown.unsqueeze(-1).expand_as(visited)
-        visited = visited & of_blocks(self.ran, here) if self.ran else visited
-        worked = visited & of_blocks(self.worked, here) if self.worked else visited
-        return Read(logits, exit_at, visited, score.float(), worked)
-
 
 @torch.inference_mode()
 def read(model, ids, pos, cache, rule, route, missing="copy"):
@@ -370,7 +376,7 @@ def read(model, ids, pos, cache, rule, route, missing="copy"):
             call.leave(n, rule)
         if call.done:
             break
-    return call.found()
+    return Read(call)
 
 
 @torch.no_grad()
@@ -501,7 +507,7 @@ def climb(cache, x, blocks, route):
     call = Call(x, cache)
     for n in blocks:
         call.run(n, route)
-    return call.x, call.ran
+    return call.x, {n: visit.ran for n, (_, visit) in call.visits.items() if visit.score is not None}
 
 
 def accept(p, q, drafted, u):

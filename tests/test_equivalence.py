@@ -2,6 +2,8 @@
 
 float64 throughout: decisions (exits, routes) must be equal, numbers close.
 """
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import reference
@@ -54,8 +56,17 @@ def close(a, b):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-9, atol=1e-9)
 
 
+class Parts(NamedTuple):
+    """A Read, put together of several."""
+    logits: torch.Tensor
+    exit_at: torch.Tensor
+    visited: torch.Tensor
+    score: torch.Tensor
+    worked: torch.Tensor
+
+
 def by_steps(model, ids, rule, chunks=None, source=None, missing="copy"):
-    """Read ids (B,T) through a cache, `chunks` tokens at a time -> (Read, cache)."""
+    """Read ids (B,T) through a cache, `chunks` tokens at a time -> (Parts, cache)."""
     B, T = ids.shape
     past, parts, t = decode.Cache(model, B, T, source), [], 0
     for size in chunks or [1] * T:
@@ -63,7 +74,7 @@ def by_steps(model, ids, rule, chunks=None, source=None, missing="copy"):
         parts.append(decode.read(model, ids[:, part], positions(ids)[:, part], past, rule, causal,
                                  missing))
         t += size
-    return decode.Read(*(torch.cat(p, 1) for p in zip(*parts, strict=True))), past
+    return Parts(*(torch.cat([getattr(p, name) for p in parts], 1) for name in Parts._fields)), past
 
 
 def same(a, b):
@@ -108,6 +119,21 @@ def test_a_batch_is_the_papers(model, rule, way):
         logits, exit_at, visited, _ = naive(model).decode(row, in_loops(rule))
         assert np.array_equal(found.exit_at[b], exit_at) and np.array_equal(found.visited[b], visited)
         close(found.logits[b], logits)
+
+
+def test_scores_are_the_routers(model):
+    """Another block's, another row's, the predictor's; a score where there is no router or nobody came."""
+    ids = texts()
+    at, gone = Tokens(positions(ids)), torch.tensor([4, 1, 4]).unsqueeze(1).expand(3, 16)
+    found = decode.read(model, ids, at.pos, None, exits.chosen(gone), causal)
+    with torch.no_grad():
+        visits = [visit for _, visit in model.trunk(model.embed(ids), at, route=causal)]
+    for n, visit in enumerate(visits):
+        wanted = torch.full((3, 16), torch.nan)
+        came = [0, 1, 2] if n == 0 else [0, 2]
+        if visit.score is not None:
+            wanted[came] = visit.score[came].float()
+        torch.testing.assert_close(found.score[..., n], wanted, equal_nan=True)
 
 
 def test_one_masked_pass_is_step_by_step(model, rule):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, V, texts, tiny
-from test_equivalence import by_steps, close, same
+from test_equivalence import RULES, by_steps, close, same
 from test_scripts import refused
 from test_translation import Counter
 
@@ -91,6 +91,8 @@ def test_sampling_with_experts_is_reading_at_once(kind):
     same(whole, steps)
     assert torch.equal(whole.worked, steps.worked) and (whole.worked <= whole.visited).all()
     assert torch.equal(whole.worked, whole.visited) == ("noops" not in KINDS[kind])
+    early = decode.read(model, ids, positions(ids), None, RULES["scattered"], causal)
+    assert early.worked.any() and not (early.worked & ~early.visited).any()
     alone = decode.read(model, ids[1:2], positions(ids[1:2]), None, exits.full_depth, causal)
     close(alone.logits[0], whole.logits[1])
     other = ids.clone()
