@@ -54,11 +54,6 @@ def gaussian(share):
     return math.sqrt(2) * torch.erfinv(2 * share - 1)
 
 
-def in_time_order(idx, keep, T):
-    """idx (B,k), keep (B,k) bool -> idx (B,k) ascending, the places that are not kept replaced by T."""
-    return torch.where(keep, idx, T).sort(dim=1).values
-
-
 def marked(idx, T):
     """Places idx (B,k), T: nobody -> (B,T) bool."""
     return torch.zeros(len(idx), T + 1, dtype=torch.bool, device=idx.device).scatter(1, idx, True)[:, :T]
@@ -82,7 +77,7 @@ def top_k(score, guess, live, capacity):
     idx = score.masked_fill(~live, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :k]
     own = (capacity * live.sum(1, keepdim=True)).round().clamp(min=1)                   # (B,1)
     among = torch.arange(k, device=score.device) < own
-    return in_time_order(idx, among & live.gather(1, idx), score.size(1))
+    return idx.where(among & live.gather(1, idx), score.size(1)).sort(dim=1).values
 
 
 def causal(score, guess, live, capacity):

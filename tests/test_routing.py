@@ -230,6 +230,7 @@ def test_routing_leaves_out_who_is_not_live():
     assert top_k(score, score, live, 2 / 3).tolist() == [[2, 3, 5]]      # 2 of the 3, nobody
     assert top_k(score, score, live, 0.8).tolist() == [[2, 3, 5, 5]]
     assert top_k(score, score, live, 1.0).tolist() == [[1, 2, 3, 5, 5]]
+    assert top_k(score, score, torch.zeros_like(live), 0.8).tolist() == [[5, 5, 5, 5]]      # a row of padding
     assert causal(score, score - 1.5, live, 1).tolist() == [[2, 3]]
     assert causal(score, -score, live, 1).shape == (1, 0)
 
