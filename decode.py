@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from exits import Seen, full_depth, nats, precise
 from model import Tokens
-from routing import FAR, ROUTES, Visit, causal, confusion, numbered
+from routing import FAR, ROUTES, causal, confusion, numbered
 
 
 def in_steps(rows, used):
@@ -229,6 +229,14 @@ class Cache:
             kv.select(rows)
 
 
+def paths(steps, L):
+    """[(exit_at (B,T), who is there (B,T), {number from 0 of a block that chose: who ran it (B,T)})] of calls
+    one after the other -> exit_at (B,T), visited (B,T,L) of the tokens of all."""
+    exit_at = torch.cat([step[0] for step in steps], 1)
+    ran = [torch.cat([chose.get(n, there) for _, there, chose in steps], 1) for n in range(L)]
+    return exit_at, (exit_at.unsqueeze(-1) > torch.arange(L, device=exit_at.device)) & torch.stack(ran, -1)
+
+
 class Read:
     """What `read` found for every token of a call. What the blocks did is stacked when somebody asks.
 
@@ -241,31 +249,16 @@ class Read:
 
     def __init__(self, call):
         self.exit_at, self.logits = call.emitted()
-        self.here, nobody = call.cache.tokens.pos < FAR, (None, Visit(None))
-        self.visits = [call.visits.get(n, nobody) for n in range(call.L)]
+        self.step = self.exit_at, call.cache.tokens.pos < FAR, call.ran         # see `paths`
+        self.L, self.scores, self.works = call.L, call.scores, call.works
 
     def of_blocks(self, of, rest):
-        """of(Visit) of the rows that came to each block, `rest` (B,T) of the others -> (B,T,L)."""
-        found = []
-        for rows, visit in self.visits:
-            some = of(visit)
-            found.append(rest if some is None else some.to(rest.dtype) if rows is None else
-                         rest.index_copy(0, rows, some.to(rest.dtype)))
-        return torch.stack(found, -1)
+        """{number of a block from 0: (B,T)}, `rest` (B,T) for the others -> (B,T,L)."""
+        return torch.stack([of.get(n, rest) for n in range(self.L)], -1)
 
-    @functools.cached_property
-    def visited(self):
-        below = self.exit_at.unsqueeze(-1) > torch.arange(len(self.visits), device=self.here.device)
-        return below & self.of_blocks(lambda v: v.ran, self.here)
-
-    @functools.cached_property
-    def score(self):
-        unknown = torch.full_like(self.here, torch.nan, dtype=torch.float)
-        return self.of_blocks(lambda v: v.score, unknown)
-
-    @functools.cached_property
-    def worked(self):
-        return self.visited & self.of_blocks(lambda v: v.choice and v.choice.expert >= 0, self.here)
+    visited = property(lambda self: paths([self.step], self.L)[1])
+    worked = property(lambda self: self.visited & self.of_blocks(self.works, self.step[1]))
+    score = property(lambda self: self.of_blocks(self.scores, self.exit_at * torch.nan))
 
 
 class Call:
@@ -277,9 +270,15 @@ class Call:
         self.blocks = [*zip(cache.model.blocks, cache.blocks, strict=True)]
         self.L = len(self.blocks)
         self.x, self.first, self.at, self.inside = x, x, cache.tokens, cache.there
-        self.visits = {}                        # of blocks by number from 0: (rows that came, Visit)
-        self.left, self.done = [], False        # (Seen, rows, who): who left where; all did
+        self.ran, self.scores, self.works = {}, {}, {}      # of blocks that chose, by number from 0: (B,T)
+        self.left, self.done = [], False                    # (Seen, rows, who): who left where; all did
         self.narrow()
+
+    def of_all(self, of_some, missing):
+        """(n,T) of the rows that run -> (B,T)."""
+        if self.at.rows is None:
+            return of_some
+        return of_some.new_full(self.cache.tokens.pos.shape, missing).index_copy_(0, self.at.rows, of_some)
 
     def narrow(self):
         """Let the rows drop out in which nobody is inside, unless that is all."""
@@ -310,7 +309,11 @@ class Call:
         self.first = self.x if n == 1 else self.first
         if self.at.rows is not None or self.at.live is not None:
             self.cache.keep(self.x)
-        self.visits[n - 1] = self.at.rows, visit
+        if visit.score is not None:
+            self.scores[n - 1] = self.of_all(visit.score.float(), torch.nan)
+            self.ran[n - 1] = self.of_all(visit.ran, False)
+        if visit.choice is not None:
+            self.works[n - 1] = self.of_all(visit.choice.expert >= 0, False)
 
     def leave(self, n, rule):
         """Those leave after block n that rule wants to, all after the last."""
@@ -469,7 +472,7 @@ def generate(model, prompts, new, rule, route=causal, temperature=1.0, top=None,
     ids, pos = pad(prompts, device)
     found = read(model, ids, pos, past, rule, route, missing)
     logits = found.logits[torch.arange(B), length - 1]
-    written, exits, visits = [], [found.exit_at], [found.visited]
+    written, steps = [], [found.step]
     for i in range(new):
         token = pick(chances(logits.cpu(), temperature, top), u[:, i])
         written.append(torch.where(going, token, -1))
@@ -480,17 +483,15 @@ def generate(model, prompts, new, rule, route=causal, temperature=1.0, top=None,
         pos = torch.where(going, length + i, FAR).unsqueeze(1)
         found = read(model, token.unsqueeze(1).to(device), pos, past, rule, route, missing)
         logits = found.logits[:, 0]
-        exits.append(found.exit_at)
-        visits.append(found.visited)
-    return _rows(prompts, written, exits, visits)
+        steps.append(found.step)
+    return _rows(prompts, written, *paths(steps, model.config.n_layer))
 
 
 def _rows(prompts, written, exits, visits):
-    """Tensors over (B, prompt padded to P, then single tokens) -> a Generated per row, padding taken out."""
+    """Tensors over (B, prompt padded to P, then single tokens, ...) -> a Generated per row, no padding."""
     P = max(map(len, prompts))
     written = torch.stack(written, 1).tolist() if written else [[] for _ in prompts]
-    exits, visits = torch.cat(exits, 1).cpu().numpy(), torch.cat(visits, 1).cpu().numpy()
-    rows = []
+    exits, visits, rows = exits.cpu().numpy(), visits.cpu().numpy(), []
     for b, prompt in enumerate(prompts):
         added = [t for t in written[b] if t >= 0]
         read_at = [*range(len(prompt)), *range(P, P + len(added))][: len(prompt) + len(added) - 1]
@@ -507,7 +508,7 @@ def climb(cache, x, blocks, route):
     call = Call(x, cache)
     for n in blocks:
         call.run(n, route)
-    return call.x, {n: visit.ran for n, (_, visit) in call.visits.items() if visit.score is not None}
+    return call.x, call.ran
 
 
 def accept(p, q, drafted, u):
@@ -546,7 +547,7 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
     check_drafts(model, E, ahead)
     P, L, device = check_prompts(model, [prompt], new), len(model.blocks), model.wte.weight.device
     rng, cache, ids = np.random.default_rng(seed), Cache(model, 1, P + new, source), [*prompt]
-    visits, start, drafted, kept = [], 0, 0, 0
+    steps, start, drafted, kept = [], 0, 0, 0
     while len(ids) < P + new and ids[P:][-1:] != [end]:
         q, below, first = [], [], len(ids)
         room = min(ahead, P + new - first - 1)
@@ -572,13 +573,12 @@ def speculate(model, prompt, new, E, ahead, route=causal, temperature=1.0, top=N
         else:
             ids.append(int(pick(p[-1:], torch.from_numpy(rng.random(1)))))
         above |= {n: torch.cat([ran[n] for ran in below], 1) for n in below[0]}
-        visits.append({n: ran[0, :len(ids) - 1 - start] for n, ran in above.items()})
+        there = torch.ones(1, len(ids) - 1 - start, dtype=torch.bool, device=device)
+        steps.append((L * there, there, {n: ran[:, :there.size(1)] for n, ran in above.items()}))
         start = len(ids) - 1                                                    # the last one is unread
         cache.drop(start)
-    visited = np.ones((start, L), bool)
-    for n in visits[0]:
-        visited[:, n] = torch.cat([ran[n] for ran in visits]).cpu()
-    return Drafted(Generated(ids, P, np.full(start, L), visited), drafted, kept)
+    (exit_at,), (visited,) = (of_all.cpu().numpy() for of_all in paths(steps, L))
+    return Drafted(Generated(ids, P, exit_at, visited), drafted, kept)
 
 
 # ----------------------------------------------------------------------------- beam search
