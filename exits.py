@@ -1,54 +1,59 @@
 """Depth-Adaptive Transformer [DAT]: every block can emit the token.
 
-    code            paper                                         where
-    h       (B,T,C) h_t^n, the state after block n = 1..N         1
-    classify(n, h)  softmax(W_n h_t^n) before the softmax         2.1, an anytime classifier
-    weight          w_n of the aligned loss                       2.2
-    score (B,T,N)   LL_t^n or C_t^n, what an oracle goes by       3.1, 3.2
-    exit_at (B,T)   q*_t, the oracle's exit, in 1..N              3.1, 3.2
-    z               logit of chi_t^n, "leave after block n"       3.2, geometric-like
-    tau             confidence thresholds, N-1 of them            3.2
+    code                paper                                             where
+    h       (B,T,C)     h_t^n, the state after block n = 1..N             1
+    classifiers(n, h)   W_n h_t^n, logits of an anytime classifier        2.1
+    exit_weights        w_n of the aligned loss                           2.2
+    score   (B,T,N)     LL_t^n or C_t^n, what an oracle maximises         3.1, 3.2
+    exit_at (B,T)       q*_t, the oracle's exit, in 1..N                  3.1, 3.2
+    exit_logit          logit of chi_t^n, "exit after block n"            3.2, geometric-like
+    tau                 confidence thresholds, N-1 of them                3.2
 
-Classifiers read the stream and change nothing in it, so a model with exits is the same model. A halting rule
-is a function rule(seen) -> (B,T) bool, "leaves after block seen.n". This file knows no model.
+A halting rule is a function of tensors: rule(state) -> exits (B,T) bool, "this token exits after block
+state.n". Classifiers read the stream and change nothing in it. This file knows no model.
 """
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear import in_full, linear
-from routing import mixed_bits, numbered
+from linear import in_full_precision, linear
+from routing import random_bits
 
-CHUNK = 2**22  # logits alive at a time while training (16 MB in fp32): reused memory instead of fresh pages
+CHUNK = 2**22  # logits alive at a time while training, 16 MB in fp32
 
 
 class Classifiers(nn.Module):
     """One output classifier after each block in `blocks` (numbers from 1), each with its own LayerNorm.
-
-    embedding: a (V,C) parameter that all of them share (tied), or None for one matrix each [DAT 2.1].
-    """
+    embedding: the (V,C) parameter that all of them share (tied), or None for one matrix each [DAT 2.1]."""
 
     def __init__(self, blocks, C, V, embedding=None):
         super().__init__()
-        self.blocks, self.vocab_size = tuple(blocks), V
+        self.blocks, self.tied = tuple(blocks), embedding is not None
         self.norms = nn.ModuleDict({str(n): nn.LayerNorm(C) for n in self.blocks})
-        self.tied = embedding is not None
         self.weights = nn.ParameterDict({"tied": embedding} if self.tied else
                                         {str(n): nn.Parameter(torch.empty(V, C)) for n in self.blocks})
 
-    def forward(self, n, h):
-        """The logits (...,V) of the classifier after block n, for h (...,C)."""
-        return linear(self.norms[str(n)](h), self.weights["tied" if self.tied else str(n)])
+    def weight(self, n):        # W_n (V,C)
+        return self.weights["tied" if self.tied else str(n)]
 
-    def several(self, exits, states):
-        """Blocks n, and states h (m,C) of each -> the logits of all (sum of m, V), in one product if tied."""
-        if not self.tied:
-            return torch.cat([*map(self, exits, states)])
-        normed = [self.norms[str(n)](h) for n, h in zip(exits, states, strict=True)]
-        return linear(torch.cat(normed), self.weights["tied"])
+    def forward(self, n, h):
+        """Logits (...,V) of the classifier after block n, for h (...,C)."""
+        return linear(self.norms[str(n)](h), self.weight(n))
+
+    def at(self, exit_at, exits, states):
+        """Every token by the classifier of its exit: exit_at (B,T), the numbers in it, states h^1.. (B,T,C)
+        -> logits (B,T,V). Tied classifiers are one product."""
+        normed = torch.zeros_like(states[0])
+        for n in exits:
+            normed = torch.where((exit_at == n).unsqueeze(-1), self.norms[str(n)](states[n - 1]), normed)
+        if self.tied or len(exits) == 1:
+            return linear(normed, self.weight(exits[0]))
+        logits = normed.new_zeros(*exit_at.shape, len(self.weight(exits[0])))
+        for n in exits:
+            logits[exit_at == n] = linear(normed[exit_at == n], self.weight(n))
+        return logits
 
 
 WEIGHTS = {"1": lambda n: 1.0, "n": lambda n: n, "sqrt(n)": lambda n: n**0.5,
@@ -57,216 +62,256 @@ WEIGHTS = {"1": lambda n: 1.0, "n": lambda n: n, "sqrt(n)": lambda n: n**0.5,
 
 def exit_weights(kind, blocks):
     """w_n / sum_m w_m for each exit n in `blocks` [DAT 2.2]; `kind` is a key of WEIGHTS."""
-    w = [WEIGHTS[kind](n) for n in blocks]
-    return [v / sum(w) for v in w]
+    weights = [WEIGHTS[kind](n) for n in blocks]
+    return [w / sum(weights) for w in weights]
 
 
-def precise(logits):
-    """In fp32 or better."""
+def to_float32(logits):
+    """In fp32, or as they are in fp64."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def certainty(logits):
-    """p of the most likely token: logits (...,V) -> (...), in fp32 or better."""
-    return precise(logits).softmax(-1).amax(-1)
+def max_probability(logits):
+    """Probability of the most likely token: logits (...,V) -> (...)."""
+    return to_float32(logits).softmax(-1).amax(-1)
 
 
-def nats(logits, targets):
-    """-log p(target) of every token: logits (...,V), targets (...) -> (...), in fp32 or better; 0 for the
-    target -1, padding."""
-    logits = precise(logits).flatten(0, -2)
-    loss = F.cross_entropy(logits, targets.flatten(), reduction="none", ignore_index=-1)
+def token_losses(logits, targets, label_smoothing=0.0):
+    """-log p(target) in nats: logits (...,V), targets (...) -> (...); 0 at padding, target -1."""
+    loss = F.cross_entropy(to_float32(logits).flatten(0, -2), targets.flatten(), reduction="none",
+                           ignore_index=-1, label_smoothing=label_smoothing)
     return loss.view(targets.shape)
 
 
-class SummedNats(torch.autograd.Function):
-    """nats(logits, targets), whether the target is the most likely token, and the sum of nats with smoothed
-    labels, for logits (T,V) that nobody needs afterwards: their memory becomes the sum's gradient, softmax -
-    label. For one backward, at once. A smoothed label is (1 - smoothing) onehot(target) + smoothing / V.
-    """
+def loss_and_gradient(classifiers, n, h, targets, scale, label_smoothing=0.0):
+    """One exit's part of a loss, backward included, so that the logits of one exit at a time are alive.
 
-    @staticmethod
-    def forward(ctx, logits, targets, smoothing):
-        p = precise(logits)
-        there, targets = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
-        p.sub_(p.amax(1, keepdim=True))
-        wanted, mean = p.gather(1, targets), p.mean(1, keepdim=True) if smoothing else 0
-        total = p.exp_().sum(1, keepdim=True)                               # p is overwritten from here on
-        p.div_(total).scatter_add_(1, targets, torch.full_like(wanted, smoothing - 1))
-        if smoothing:
-            p.sub_(smoothing / p.size(1))
-        ctx.save_for_backward(p.mul_(there))
-        total = total.log()
-        plain, right = ((total - wanted) * there).squeeze(1), ((wanted == 0) & there).squeeze(1)
-        smooth = (total - (1 - smoothing) * wanted - smoothing * mean) * there if smoothing else plain
-        ctx.mark_non_differentiable(plain, right)
-        return plain, right, smooth.sum()
-
-    @staticmethod
-    def backward(ctx, _, __, scale):
-        return ctx.saved_tensors[0].mul_(scale), None, None
-
-
-def loss_and_gradient(classifiers, n, h, targets, scale, smoothing=0.0):
-    """One exit's part of a loss, backward included: h (...,C), targets (...), -1 at padding
-    -> (nats (...) without label smoothing, is the target the most likely token (...), gradient (...,C)).
-
-    scale * sum of nats is differentiated at once: into the classifier's parameters here, and down to h as
-    the returned tensor. So the logits of one exit at a time are alive, and only CHUNK of them: hand all
-    gradients to one torch.autograd.backward(hs, gradients) and the trunk is walked back once.
-    """
-    size = max(1, CHUNK // classifiers.vocab_size)                          # tokens a chunk
-    found, parts = [], (h.detach().flatten(0, -2).split(size), targets.flatten().split(size))
-    for part, wanted in zip(*parts, strict=True):
-        leaf = part.detach().requires_grad_()
-        plain, right, loss = SummedNats.apply(classifiers(n, leaf), wanted, smoothing)
+    h (...,C), targets (...), -1 at padding -> losses (...) in nats without label smoothing, is the most
+    likely token the target (...), gradient (...,C). scale * sum of losses is differentiated into the
+    classifier's parameters here and down to h as the gradient returned: hand the gradients of all exits to
+    one torch.autograd.backward(hs, gradients), and the blocks are walked back once."""
+    size, parts = max(1, CHUNK // len(classifiers.weight(n))), []               # tokens a chunk
+    chunks = h.detach().flatten(0, -2).split(size), targets.flatten().split(size)
+    for states, wanted in zip(*chunks, strict=True):
+        leaf = states.detach().requires_grad_()
+        logits = classifiers(n, leaf)
+        loss = token_losses(logits, wanted, label_smoothing)
         with torch.autocast(h.device.type, enabled=False):      # backward keeps the types of forward
-            (loss * scale).backward()
-        found.append((plain, right, leaf.grad))
-    plain, right, gradient = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return plain.view_as(targets), right.view_as(targets), gradient.view_as(h)
+            (loss.sum() * scale).backward()
+        logits, loss = logits.detach(), loss.detach()
+        plain = token_losses(logits, wanted) if label_smoothing else loss
+        parts.append((plain, logits.argmax(-1) == wanted, leaf.grad))
+    losses, right, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
+    return losses.view_as(targets), right.view_as(targets), gradient.view_as(h)
 
 
-def scale_gradient(x, g):
-    """x, whose gradient is multiplied by g on the way back [DAT appendix]."""
-    return g * x + (1 - g) * x.detach()
+def balance_gradient(x, n, N, gamma):
+    """h^n, whose gradient is divided by gamma_n = gamma (N - n) on the way back [DAT appendix]: the N - n
+    losses above block n then weigh as much as its own. gamma_N = 1, where the paper's code divides by 0. The
+    loss of block n + m reaches block n times the product of 1 / gamma_i for i = n .. n + m - 1."""
+    factor = 1 / (gamma * (N - n)) if n < N else 1.0
+    return factor * x + (1 - factor) * x.detach()
 
 
-def balance(n, N, gamma):
-    """gamma_n = gamma (N - n): the N - n losses above block n come down divided by it, so that they weigh as
-    much as block n's own; gamma_N = 1, where the paper's code divides by 0. The loss of block n + m thus
-    arrives at block n times the product of 1 / gamma_i for i = n .. n + m - 1 [DAT appendix]."""
-    return gamma * (N - n) if n < N else 1.0
+def oracle(score, mask, exit_cost, sigma=0.0, whole_sequence=False):
+    """The exits that an oracle would choose [DAT 3.1, 3.2]; ties go to the lowest exit.
 
-
-# ----------------------------------------------------------------------------- oracles
-
-
-def sequence_oracle(score, live, cost):
-    """argmax_n sum_t score_t^n - cost n, one exit for a whole row [DAT 3.1]; ties go to the lowest exit.
-    score (B,T,N), live (B,T) -> exit_at (B,T). cost is in units of the summed score."""
-    total = score.masked_fill(~live.unsqueeze(-1), 0).sum(1, keepdim=True)              # (B,1,N)
-    return token_oracle(total, live.any(1, keepdim=True), cost).expand(live.shape)
-
-
-def token_oracle(score, live, cost, sigma=0.0):
-    """argmax_n sum_t' exp(-(t - t')^2 / sigma) score_t'^n - cost n [DAT 3.2]; sigma 0: of token t alone;
-    ties go to the lowest exit. score (B,T,N), live (B,T): padding enters no sum -> exit_at (B,T)."""
-    score = score.masked_fill(~live.unsqueeze(-1), 0)
-    if sigma > 0:
+    argmax_n sum_t' exp(-(t - t')^2 / sigma) score_t'^n - exit_cost n; sigma 0: of token t alone;
+    whole_sequence: with the sum over all tokens, one exit for a row. score (B,T,N): log-likelihood, or 1
+    where an exit is right; mask (B,T): padding enters no sum; exit_cost: lambda, in units of the sum ->
+    exit_at (B,T)."""
+    score = score.masked_fill(~mask.unsqueeze(-1), 0)
+    if whole_sequence:
+        score = score.sum(1, keepdim=True).expand_as(score)
+    elif sigma > 0:
         t = torch.arange(score.size(1), device=score.device)
         score = torch.exp(-(t[:, None] - t).square() / sigma).to(score.dtype) @ score
     n = torch.arange(1, score.size(-1) + 1, device=score.device, dtype=score.dtype)
-    return (score - cost * n).argmax(-1) + 1
+    return (score - exit_cost * n).argmax(-1) + 1
 
 
-# ----------------------------------------------------------------------------- learned exits
+class ExitPredictor(nn.Module):
+    """Predicts the exit with one linear layer [DAT 3]. N exits, C channels, Ce channels of the encoder.
 
-
-class Halting(nn.Module):
-    """Predicts the exit with one linear layer [DAT 3]. N exits, C channels, Ce channels of the source.
-
-    sequence    softmax over N exits of the mean source state, one exit for the whole output [3.1]
+    sequence    softmax over N exits of the mean encoder output, one exit for the whole output [3.1]
     token       softmax over N exits of h^1, decided after block 1 [3.2]
     geometric   chi^n of h^n for n < N: q(n) = chi^n prod_{m<n} (1 - chi^m) [3.2]
-    binary      chi^n of h^n for n < N, each trained by itself: "is n the oracle's exit or above it"
-    """
+    binary      chi^n of h^n for n < N, each trained by itself: "n is the oracle's exit or above it"."""
 
-    def __init__(self, kind, N, C, Ce=None, shared=False):
+    def __init__(self, kind, N, C, Ce=None):
         super().__init__()
-        self.kind, self.exits = kind, N
+        self.kind = kind
         if kind in ("sequence", "token"):
             self.linear = nn.Linear(Ce if kind == "sequence" else C, N)
         else:
-            self.linear = nn.ModuleList([nn.Linear(C, 1)] * (N - 1) if shared else
-                                        [nn.Linear(C, 1) for _ in range(N - 1)])
+            self.linear = nn.ModuleList(nn.Linear(C, 1) for _ in range(N - 1))
 
-    def of_source(self, source):
-        """A Source of B rows -> logits (B,N); padding is not in the mean."""
-        there = source.there.unsqueeze(-1)
-        return in_full(self.linear, source.states.masked_fill(~there, 0).sum(1) / there.sum(1))
+    def of_memory(self, states, mask):
+        """Encoder output (B,S,Ce), mask (B,S) -> logits (B,1,N); padding is not in the mean."""
+        mask = mask.unsqueeze(-1)
+        mean = states.masked_fill(~mask, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+        return in_full_precision(self.linear, mean)
 
-    def of_first(self, h):
-        """h^1 (...,C) -> logits (...,N)."""
-        return in_full(self.linear, h)
-
-    def z(self, n, h):
-        """h^n (...,C) -> the logit (...) of leaving after block n < N."""
-        return in_full(self.linear[n - 1], h).squeeze(-1)
-
-    def loss(self, states, source, exit_at, live):
-        """H(q*, q): h^1..h^N (B,T,C), Source or None, the oracle's exit_at (B,T), live (B,T) -> a sum over
-        the tokens that are there; over rows for the sequence kind."""
-        if self.kind == "sequence":
-            return F.cross_entropy(self.of_source(source), exit_at[:, 0] - 1, reduction="sum")
+    def most_likely(self, h, memory):
+        """h^1 (B,T,C), Memory or None -> the most likely exit (B,T), by the token or sequence kind."""
         if self.kind == "token":
-            return F.cross_entropy(self.of_first(states[0])[live], exit_at[live] - 1, reduction="sum")
+            logits = in_full_precision(self.linear, h)
+        else:       # once for every source, not for every call
+            logits, = memory.once(self, lambda states, mask: [self.of_memory(states, mask)])
+        return (logits.argmax(-1) + 1).expand(h.shape[:2])
+
+    def exit_logit(self, n, h):
+        """h^n (...,C) -> the logit (...) of exiting after block n < N."""
+        return in_full_precision(self.linear[n - 1], h).squeeze(-1)
+
+    def loss(self, states, memory, exit_at, mask):
+        """H(q*, q) [DAT 3]: h^1..h^N (B,T,C), Memory or None, the oracle's exit_at (B,T), mask (B,T) -> sum
+        over tokens; over rows for the sequence kind."""
+        if self.kind == "sequence":
+            logits = self.of_memory(memory.states, memory.mask)
+            return F.cross_entropy(logits.squeeze(1), exit_at[:, 0] - 1, reduction="sum")
+        if self.kind == "token":
+            logits = in_full_precision(self.linear, states[0])
+            return F.cross_entropy(logits[mask], exit_at[mask] - 1, reduction="sum")
         total = 0.0
-        for n in range(1, self.exits):
-            z, counts = self.z(n, states[n - 1]), live & (exit_at >= n) if self.kind == "geometric" else live
-            total = total + F.binary_cross_entropy_with_logits(z, (exit_at <= n).to(z), counts.to(z),
-                                                               reduction="sum")
+        for n, h in enumerate(states[:-1], 1):
+            logit = self.exit_logit(n, h)
+            counts = mask & (exit_at >= n) if self.kind == "geometric" else mask
+            total = total + F.binary_cross_entropy_with_logits(logit, (exit_at <= n).to(logit),
+                                                               counts.to(logit), reduction="sum")
         return total
 
 
-# ----------------------------------------------------------------------------- halting rules
+class ExitState:
+    """What a halting rule can see after block n of one call: B rows, T tokens each.
+
+    n          the block that has just run, from 1
+    states     [h^1, ..., h^n], each (B,T,C); the state of a token that has exited stays as it was
+    logits(m)  (B,T,V) of the classifier after block m <= n, computed at most once
+    pos, live  (B,T) positions; which tokens are present and have not exited
+    memory     encoder output of a Seq2Seq, or None
+    plan       (B,T) exits, for a rule that decides once; None before"""
+
+    def __init__(self, classifiers, predictor, pos, live, memory=None):
+        self.classifiers, self.predictor, self.memory = classifiers, predictor, memory
+        self.pos, self.live, self.states, self.plan = pos, live, [], None
+        self.computed, self.classified, self.predicted = {}, torch.zeros_like(pos), torch.zeros_like(pos)
+
+    @property
+    def n(self):
+        return len(self.states)
+
+    def logits(self, m=None):
+        m = m or self.n
+        if m not in self.computed:
+            self.computed[m] = self.classifiers(m, self.states[m - 1]), self.live
+            self.classified = self.classified + self.live
+        return self.computed[m][0]
+
+    def emitted(self, exit_at):
+        """Logits (B,T,V) of every token at its exit, in one product if no rule has asked for any."""
+        exits = [n for n in exit_at.unique().tolist() if n <= self.n]           # not the L of padding
+        if not self.computed:
+            self.classified = self.classified + 1
+            return self.classifiers.at(exit_at, exits, self.states)
+        emitted = None
+        for n in exits:
+            self.live = exit_at == n
+            logits = self.logits(n)
+            self.classified = self.classified + (self.live & ~self.computed[n][1])
+            emitted = logits if emitted is None else torch.where(self.live.unsqueeze(-1), logits, emitted)
+        return emitted
 
 
-@dataclass
-class Seen:
-    """What a halting rule may look at after block n."""
-    n: int
-    states: list[torch.Tensor]          # h^1 first and h^n last, each (B,T,C)
-    classify: Callable                  # (n, h^n) -> logits
-    pos: torch.Tensor                   # (B,T)
-    source: object = None               # of a Seq2Seq
-    rows: torch.Tensor | None = None    # (B,) their numbers in a call of more rows; None: 0..B-1
-    logits: torch.Tensor | None = None  # (B,T,V) once they have been read
-
-    def read(self):
-        """The classifier's logits (B,T,V), made at most once."""
-        if self.logits is None:
-            self.logits = self.classify(self.n, self.states[-1])
-        return self.logits
-
-
-def full_depth(seen):
-    """Nobody leaves early."""
-    return torch.zeros_like(seen.pos, dtype=torch.bool)
+def full_depth(state):
+    """No token exits early."""
+    return torch.zeros_like(state.live)
 
 
 def fixed_exit(e):
-    """Everybody leaves after block e."""
-    return lambda seen: torch.full_like(seen.pos, seen.n >= e, dtype=torch.bool)
+    """Every token exits after block e."""
+    return lambda state: torch.full_like(state.live, state.n >= e)
 
 
-def chosen(exit_at):
-    """Everybody leaves where exit_at (B,T) says, by row and position: an oracle's choice, or anybody's."""
-    last = exit_at.size(1) - 1
-    return lambda seen: exit_at[numbered(seen.rows, seen.pos), seen.pos.clamp(max=last)] <= seen.n
+def forced_exits(exit_at):
+    """Tokens exit where exit_at (B,T) says, by row and position: the choice of an oracle, for example."""
+    return lambda state: exit_at.gather(1, state.pos.clamp(max=exit_at.size(1) - 1)) <= state.n
 
 
-def random_exit(N, seed=0):
-    """Each token leaves at an exit drawn uniformly from 1..N ("uniform" in the paper's table 1), a function
-    of (seed, row of the call, position): in a beam, sentences that are done give up their rows."""
-    return lambda seen: mixed_bits(seen.pos, seed, seen.rows) % N + 1 <= seen.n
+def random_exit(N):
+    """Each token exits at a block drawn uniformly from 1..N ("uniform" in the paper's table 1), a function
+    of torch's seed, row and position."""
+    return lambda state: random_bits(state.pos, salt=-1) % N + 1 <= state.n
 
 
 def confidence(tau):
-    """Leave after the first block whose most likely token has p > tau_n [DAT 3.2]; tau has N-1 entries."""
-    return lambda seen: certainty(seen.read()) > tau[seen.n - 1]
+    """Exit after the first block whose most likely token has p > tau_n [DAT 3.2]; tau has N-1 entries."""
+    return lambda state: max_probability(state.logits()) > tau[state.n - 1]
 
 
-def learned(halting, threshold=0.5):
-    """Leave where `halting` says [DAT 3]: at the most likely exit (sequence, token), or after the first block
-    with chi > threshold (geometric, binary)."""
-    def rule(seen):
-        if halting.kind == "sequence":
-            exit_at = halting.of_source(seen.source).argmax(-1).repeat_interleave(seen.source.g) + 1
-            exit_at = (exit_at if seen.rows is None else exit_at[seen.rows]).unsqueeze(1)
-        elif halting.kind == "token":
-            exit_at = halting.of_first(seen.states[0]).argmax(-1) + 1
-        else:
-            return halting.z(seen.n, seen.states[-1]).sigmoid() > threshold
-        return (exit_at <= seen.n).expand(seen.pos.shape)
+def learned(threshold=0.5):
+    """Exit where the model's ExitPredictor says [DAT 3]: at the most likely exit (sequence, token), decided
+    once, or after the first block with chi > threshold (geometric, binary)."""
+    def rule(state):
+        decides_once = state.predictor.kind in ("sequence", "token")
+        if state.plan is None or not decides_once:
+            state.predicted = state.predicted + state.live
+        if not decides_once:
+            return state.predictor.exit_logit(state.n, state.states[-1]).sigmoid() > threshold
+        if state.plan is None:
+            state.plan = state.predictor.most_likely(state.states[0], state.memory)
+        return state.plan <= state.n
     return rule
+
+
+def valid(condition, message):
+    """ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _fixed(model, block):
+    N = model.config.n_layer
+    valid(block in range(1, N + 1), f"an exit is a block from 1 to {N}")
+    return fixed_exit(int(block))
+
+
+def _confidence(model, *tau):
+    N = model.config.n_layer
+    valid(len(tau) in (1, N - 1) and all(0 <= t <= 1 for t in tau),
+          f"give one threshold or {N - 1}, one for each block but the last, from 0 to 1")
+    return confidence(tau * (N - 1) if len(tau) == 1 else tau)
+
+
+def _learned(model, threshold=0.5):
+    valid(model.exit_predictor is not None, "this run has no predictor of exits: train one, "
+          "--init_from THIS_RUN --exit_predictor geometric --objective exit_predictor")
+    valid(0 <= threshold <= 1, "a threshold is a probability, from 0 to 1")
+    return learned(threshold)
+
+
+# name -> function(model, *the numbers after its colon) -> halting rule; another rule is another line
+RULES = {
+    "full": lambda model: full_depth,
+    "fixed": _fixed,
+    "random": lambda model: random_exit(model.config.n_layer),
+    "confidence": _confidence,
+    "learned": _learned,
+}
+
+
+def parse_rule(name, model):
+    """"fixed:3", "confidence:0.5,0.6,..." and so on -> the halting rule. ValueError says what is wrong."""
+    kind, _, value = name.partition(":")
+    try:
+        valid(kind in RULES, f"rules are {', '.join(RULES)}, with numbers after a colon")
+        valid(kind == "full" or len(model.classifiers.blocks) == model.config.n_layer,
+              "this run has a classifier after its last block only, so no token can exit early: use --rule "
+              "full, or train with --exits all")
+        numbers = [float(number) for number in value.split(",")] if value else []
+        inspect.signature(RULES[kind]).bind(model, *numbers)
+        return RULES[kind](model, *numbers)
+    except TypeError:
+        raise ValueError(f"--rule {name}: {kind} does not take {len(numbers)} numbers") from None
+    except ValueError as error:
+        raise ValueError(f"--rule {name}: {error}") from None

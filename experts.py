@@ -1,14 +1,12 @@
-"""Experts: a block has several MLPs, and every token runs at most one [MoD 4.3].
+"""Experts: a block has several MLPs, and every token runs at most one of them [MoD 4.3].
 
     conventional MoE    --experts 4                 in place of every MLP
-    integrated MoDE     --experts 4 --noops 4       some of the experts do nothing: a token that chooses one
-                                                    of them keeps its attention and goes around the MLP
-    staged MoDE         --experts 4 --routed odd    Mixture-of-Depths first; what it selects runs attention,
-                                                    then chooses an expert
+    integrated MoDE     --experts 4 --noops 4       a token that chooses a no-op expert skips the MLP
+    staged MoDE         --experts 4 --routed odd    the tokens that a routed block runs choose an expert
 
-Every token chooses its most likely expert, alone. The rule of the call decides about crowds: under `top_k` an
-expert keeps the `capacity` of a sequence that want it most and drops the others (static shapes, for training,
-and a look ahead); under `causal`, as when sampling, it takes all who come.
+Every token chooses its most likely expert. Under the routing rule `top_k` an expert keeps the `capacity`
+tokens of a sequence with the largest probability and drops the others (static shapes; a look ahead); under
+any other rule, as when sampling, it takes every token that chose it.
 """
 from typing import NamedTuple
 
@@ -16,18 +14,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear import in_full
-from routing import FAR, marked
+from linear import in_full_precision
+from routing import NO_POSITION, capacity_in_tokens, places_of, top_k
 
 
 class Choice(NamedTuple):
     """What the experts of one block did with the tokens of one call."""
     expert: torch.Tensor        # (B,T) the expert that ran the token, -1: none
-    balance: torch.Tensor       # () E sum_i f_i P_i over shares f of choices and mean probabilities P, times
-    #                             tokens: at least 1 a token, when all experts are chosen alike
+    balance: torch.Tensor       # () load-balancing loss; a token's share is 1 when all are chosen alike
 
 
-class Each(nn.Module):
+class ExpertLinear(nn.Module):
     """E linear maps side by side: x (E,n,c) -> (E,n,d)."""
 
     def __init__(self, E, c, d):
@@ -39,36 +36,36 @@ class Each(nn.Module):
 
 
 class Experts(nn.Module):
-    """p_e(x) MLP_e(x) for the expert e that x chooses, p being a softmax over `experts` MLPs and `noops` that
-    do nothing; 0 for a token that chose one of those or was dropped.
+    """p_e(x) MLP_e(x) for the expert e that x chooses, p being a softmax over `experts` MLPs and `noops`
+    that do nothing; 0 for a token that chose a no-op or was dropped. capacity: how many tokens of a sequence
+    an expert may take under `top_k`, as a multiple of its even share."""
 
-    capacity: how many tokens of a sequence an expert may take under `top_k`, as a multiple of its even share.
-    """
-
-    def __init__(self, C, inner, experts, noops, capacity):
+    def __init__(self, C, units, experts, noops, capacity):
         super().__init__()
-        self.count, self.capacity = experts, capacity / (experts + noops)
+        self.experts, self.capacity = experts, capacity / (experts + noops)
         self.router = nn.Linear(C, experts + noops, bias=False)
-        self.fc, self.proj = Each(experts, C, inner), Each(experts, inner, C)
+        self.fc, self.proj = ExpertLinear(experts, C, units), ExpertLinear(experts, units, C)
 
     def forward(self, x, pos, route):
         """x (B,T,C), pos (B,T) -> (B,T,C), Choice."""
-        (B, T, C), E, there = x.shape, self.count, pos < FAR
-        p = in_full(self.router, x).softmax(-1)                                         # (B,T,E + noops)
-        chosen = F.one_hot(p.argmax(-1), p.size(-1)).bool() & there.unsqueeze(-1)
-        tokens = there.sum()
-        balance = p.size(-1) * (chosen.sum((0, 1)) * (p * there.unsqueeze(-1)).sum((0, 1))).sum() / tokens
+        (B, T, C), E, present = x.shape, self.experts, pos < NO_POSITION
+        p = in_full_precision(self.router, x).softmax(-1)                               # (B,T,E + noops)
+        best = p.argmax(-1)
+        wants = F.one_hot(best, p.size(-1)).bool() & present.unsqueeze(-1)
+        share = (p * present.unsqueeze(-1)).sum((0, 1)) / present.sum()
+        balance = p.size(-1) * (wants.sum((0, 1)) * share).sum()
 
-        score, want = (t[..., :E].transpose(1, 2).flatten(0, 1) for t in (p, chosen))   # (BE,T)
-        score = torch.where(want, score, -1)
-        idx = route(score, score, there.repeat_interleave(E, 0), self.capacity)
-        keep, idx = idx < T, idx.clamp(max=T - 1)                                       # (BE,k)
-        keep = keep & want.gather(1, idx)
-        gate, idx, k = torch.where(keep, score.gather(1, idx), 0), idx.reshape(B, -1), idx.size(1)
-        each = idx.unsqueeze(-1).expand(-1, -1, C)                                      # (B,Ek,C)
-        h = x.gather(1, each).view(B, E, k, C).transpose(0, 1).reshape(E, B * k, C)
+        score, runs = (t[..., :E].transpose(1, 2).flatten(0, 1) for t in (p, wants))    # (BE,T)
+        if route is top_k:
+            k = capacity_in_tokens(self.capacity, T)
+            present = present.repeat_interleave(E, 0)
+            runs = runs & top_k(torch.where(runs, score, -1), None, present, self.capacity)
+        else:
+            k = int(runs.sum(1).max())
+        places, selected = places_of(runs, k)                                           # (BE,k)
+        gate = torch.where(selected, score.gather(1, places), 0).reshape(B, E * k, 1)
+        index = places.reshape(B, E * k, 1).expand(-1, -1, C)
+        h = x.gather(1, index).view(B, E, k, C).transpose(0, 1).reshape(E, B * k, C)
         y = self.proj(F.gelu(self.fc(h))).view(E, B, k, C).transpose(0, 1).reshape(B, E * k, C)
-        out = torch.zeros_like(x).scatter_add(1, each, (gate.reshape(B, -1, 1) * y).to(x.dtype))
-
-        ran = marked(idx.where(keep.reshape(B, -1), T), T)
-        return out, Choice(torch.where(ran, p.argmax(-1), -1), balance)
+        out = torch.zeros_like(x).scatter_add(1, index, (gate * y).to(x.dtype))
+        return out, Choice(torch.where(runs.view(B, E, T).any(1), best, -1), balance)

@@ -1,186 +1,157 @@
 """Mixture-of-Depths [MoD]: blocks that run only some of the tokens.
 
-    code            paper                                    where
-    score   (B,T)   r_i = w . x_i, the router's weight       3.4, eq. 1
-    k               C, the capacity in tokens                eq. 1
-    idx     (B,k)   the places of the selected tokens        3.3
-    guess   (B,T)   logit of "top-k would select this"       3.5, what decides when sampling
+    code             paper                                             where
+    weight  (B,T)    r_i = w . x_i, the router weight of a token       3.4, eq. 1
+    runs    (B,T)    the selected tokens, a boolean mask               3.3
+    k                C, the capacity in tokens                         eq. 1
+    logit   (B,T)    causal logit, of "top-k selects this token"       3.5
 
-Top-k compares a token with later ones, so it cannot be used while sampling. `guess` reads one token alone:
-it is the auxiliary predictor's output, or the router's own when `causal="router"`; see `Routed`.
-
-The random control has Gaussian scores that look at nothing; its causal rule runs each token with the chance
-`capacity`. A router decides with a tensor `idx`: for every row the places of the tokens that run, in order of
-time, with T at the places left over (rows may run different numbers of tokens). This file knows no model:
-`Routed` is given a block, and a rule (`top_k`, `causal`) is an argument of every call, never a mode of the
-module.
+A routing rule is a function of tensors, rule(weight, logit, live, capacity) -> runs (B,T) bool, and an
+argument of every call. `top_k` trains, but compares a token with later ones, so it cannot be used for
+sampling. `causal` looks at one token: its logit comes from the auxiliary predictor, or from the router
+itself (`causal_logit="router"`). The random control has Gaussian weights that look at nothing.
 """
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear import Linear, in_full, linear
+from linear import Linear, in_full_precision
 
-FAR = 2**30  # the position of a token that is not there (padding, or not selected): nothing attends to it
-
-
-class Visit(NamedTuple):
-    """What one block did with the tokens of one call. Dense blocks have no score and no guess."""
-    ran: torch.Tensor | None            # (B,T) bool: the token ran this block; None: all did
-    score: torch.Tensor | None = None   # (B,T) r_i, the factor on the block's update
-    guess: torch.Tensor | None = None   # (B,T) the causal rule's logit: run when > 0
-    choice: tuple | None = None    # experts.Choice of the tokens that ran, if there are experts
+NO_POSITION = 2**30  # of a token that is absent (padding, not selected): later than any, so no token sees it
 
 
-def numbered(rows, grid):
-    """Row numbers (B,1) to go with grid (B,T); rows (B,) or None: 0..B-1."""
-    return (torch.arange(len(grid), device=grid.device) if rows is None else rows).unsqueeze(1)
-
-
-def mixed_bits(pos, seed, rows=None):
-    """pos (B,T) of these rows (B,), None: 0..B-1 -> (B,T) integers in 0..2^32 - 1: chance as a function of
-    (seed, row, position)."""
-    x = (pos * 73_856_093 + numbered(rows, pos) * 19_349_663 + seed * 83_492_791) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B), (16, 1)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return x
-
-
-def gaussian(share):
-    """share in (0,1), a tensor -> the value that a standard normal variable stays below with that chance."""
-    return math.sqrt(2) * torch.erfinv(2 * share - 1)
-
-
-def marked(idx, T):
-    """Places idx (B,k), T: nobody -> (B,T) bool."""
-    return torch.zeros(len(idx), T + 1, dtype=torch.bool, device=idx.device).scatter(1, idx, True)[:, :T]
-
-
-def kept(capacity, T):
+def capacity_in_tokens(capacity, T):
     """k for a sequence of T tokens: at least one, at most all."""
     return min(T, max(1, round(capacity * T)))
 
 
-def top_k(score, guess, live, capacity):
-    """Expert choice [MoD 3.3]: the k largest scores of each row (not of the batch). score (B,T) -> idx (B,k).
+def top_k(weight, logit, live, capacity):
+    """Expert choice [MoD 3.3]: the k largest router weights of each row. weight, live (B,T) -> runs (B,T).
 
-    Looks at the whole sequence, so a token's fate depends on later ones: for training and for measuring.
-    Of equal scores (a word that stands twice, in block 0) the earlier goes first; topk promises no order.
-    live (B,T) or None: a row in which fewer tokens are there selects fewer, k being that of its own length.
-    """
-    k = kept(capacity, score.size(1))
-    if live is None:
-        return score.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
-    idx = score.masked_fill(~live, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :k]
-    own = (capacity * live.sum(1, keepdim=True)).round().clamp(min=1)                   # (B,1)
-    among = torch.arange(k, device=score.device) < own
-    return idx.where(among & live.gather(1, idx), score.size(1)).sort(dim=1).values
+    A row with fewer live tokens selects fewer: k is that of its own length. Of equal weights the earlier
+    token goes first."""
+    ranked = weight.masked_fill(~live, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    ranked = ranked[:, :capacity_in_tokens(capacity, weight.size(1))]                           # (B,k)
+    k_of_row = (capacity * live.sum(1, keepdim=True)).round().clamp(min=1)
+    selected = torch.arange(ranked.size(1), device=weight.device) < k_of_row
+    return torch.zeros_like(live).scatter(1, ranked, selected) & live
 
 
-def causal(score, guess, live, capacity):
-    """Each token by its own guess > 0 [MoD 3.5], however many those are. guess (B,T) -> idx (B, most)."""
-    guess = guess if live is None else guess.masked_fill(~live, -1)
-    T, rows = guess.size(1), [[t for t, g in enumerate(row) if g > 0] for row in guess.tolist()]
-    most = max(map(len, rows))
-    if most == 0:
-        return torch.empty((len(rows), 0), dtype=torch.long, device=guess.device)
-    return torch.tensor([row + [T] * (most - len(row)) for row in rows], device=guess.device)
+def causal(weight, logit, live, capacity):
+    """Each token by its own causal logit > 0, however many those are [MoD 3.5]. logit, live (B,T) ->
+    runs."""
+    return (logit > 0) & live
 
 
-ROUTES = {"top_k": top_k, "causal": causal}
+ROUTES = {"top_k": top_k, "causal": causal}     # another rule is another line
+
+
+def places_of(mask, k):
+    """mask (B,T) with at most k True in a row -> places (B,k) of those in order of time, then of others; and
+    which of the k are True (B,k)."""
+    places = mask.int().argsort(dim=1, descending=True, stable=True)[:, :k]
+    return places, mask.gather(1, places)
+
+
+def random_bits(pos, salt):
+    """pos (B,T) -> (B,T) integers in 0..2^32 - 1, a hash of torch's seed, salt, row and position: chance
+    that is the same token by token as in one pass."""
+    row, seed = torch.arange(len(pos), device=pos.device).unsqueeze(1), torch.initial_seed() % 2**20
+    x = (pos * 73_856_093 + row * 19_349_663 + salt * 83_492_791 + seed * 40_503_641) & 0xFFFFFFFF
+    for factor in (0x45D9F3B, 0x45D9F3B, 1):
+        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
+    return x
+
+
+class Routing(NamedTuple):
+    """What one block did with the tokens of one call. A dense block has no weight and no logit."""
+    runs: torch.Tensor                  # (B,T) bool: the token ran this block
+    weight: torch.Tensor | None = None  # (B,T) r_i, the factor on the block's update
+    logit: torch.Tensor | None = None   # (B,T) causal logit: run when > 0
+    choice: tuple | None = None         # experts.Choice, if the block has experts
+
+
+GATES = {"raw": lambda weight: weight, "sigmoid": torch.sigmoid, "one": torch.ones_like}
 
 
 class Routed(nn.Module):
     """x_i + r_i f(x)_i for the selected tokens, x_i for the others [MoD eq. 1].
 
-    `block` needs `residual(x, at, past, route)`: its update f without the skip connection, and what its
-    experts chose, if it has any. It sees the selected tokens alone, with the positions they had: they are the
-    only queries and the only keys.
-    capacity: share of a sequence that top-k selects. gate: "raw" multiplies by r, "sigmoid" by sigmoid(r).
-    "one" leaves it alone, which the random control may.
-    hidden: units of the causal predictor, a small MLP behind a stop-gradient that learns to imitate top-k
-    and decides at sampling; 0: the router's own output does both. The gate is the router's in either case.
-    random: None, or the control with a number that makes its chances differ from other blocks'.
-    """
+    block: `block.residual` is f, its update without the skip connection. It is given the selected tokens
+    alone, with the positions they had: they are the only queries and the only keys. capacity: share of a
+    sequence that top-k selects. gate: a key of GATES, what multiplies the update. predictor_units: of the
+    auxiliary predictor, a small MLP behind a stop-gradient; 0: the router's own output is the causal logit.
+    salt: None, or for the random control a number that differs between blocks."""
 
-    def __init__(self, block, C, capacity, gate="raw", hidden=64, random=None):
+    def __init__(self, block, C, capacity, gate="raw", predictor_units=64, salt=None):
         super().__init__()
-        self.block, self.capacity, self.random = block, capacity, random
-        self.gate = {"raw": lambda r: r, "sigmoid": torch.sigmoid, "one": torch.ones_like}[gate]
-        self.router, self.predictor = None, None
-        if random is None:
-            self.router = nn.Linear(C, 1, bias=False)
-            if hidden:
-                self.predictor = nn.Sequential(Linear(C, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        self.block, self.capacity, self.gate, self.salt = block, capacity, GATES[gate], salt
+        self.router = nn.Linear(C, 1, bias=False) if salt is None else None
+        self.predictor = None
+        if salt is None and predictor_units:
+            self.predictor = nn.Sequential(Linear(C, predictor_units), nn.SiLU(),
+                                           nn.Linear(predictor_units, 1))
 
-    def chance(self, at):
-        """-> score (B,T), guess (B,T) of the random control: noise, drawn anew while training as
-        dropout is, else a function of row and position, so that one pass is like token by token."""
-        if self.training:
-            score = torch.randn(at.pos.shape, device=at.pos.device)
-        else:
-            score = gaussian(((mixed_bits(at.pos, self.random, at.rows) >> 9) + 0.5) / 2**23)
-        return score, score - gaussian(torch.tensor(1 - self.capacity, device=score.device))
-
-    def look(self, x):
-        """x (B,T,C) -> score (B,T), guess (B,T). What skipped tokens cost: no module is called."""
-        score = F.linear(x, self.router.weight).squeeze(-1)
+    def score(self, x, pos):
+        """x (B,T,C), pos (B,T) -> router weight, causal logit, both (B,T). All that a skipped token
+        costs."""
+        if self.salt is not None:
+            return self.chance(pos)
+        weight = in_full_precision(self.router, x).squeeze(-1)
         if self.predictor is None:
-            return score, score
-        first, _, last = self.predictor
-        hidden = F.silu(linear(x.detach(), first.weight, first.bias))
-        return score, F.linear(hidden, last.weight, last.bias).squeeze(-1)
+            return weight, weight
+        return weight, in_full_precision(self.predictor, x.detach()).squeeze(-1)
 
-    def forward(self, x, at, past, route):
-        """x (B,T,C) -> (x, Visit). A token that does not run leaves nothing behind in `past`."""
-        B, T, C = x.shape                                                   # k tokens kept
-        score, guess = self.chance(at) if self.router is None else in_full(self, x, self.look)
-        idx = route(score, guess, at.live, self.capacity)                   # (B,k), T: nobody
-        if idx.size(1) == 0:
-            return x, Visit(torch.zeros_like(score, dtype=torch.bool), score, guess)
-        rows = past.busy(here := idx < T)                                   # n of B rows, None: all
-        some, here, y, r, pos = (t if rows is None else t.index_select(0, rows)
-                                 for t in (idx, here, x, score, at.pos))
-        whole = some.size(1) == T and here.all()                            # every token: nothing to gather
-        ran = here if whole and rows is None else marked(idx, T)
-        if whole:
-            update, choice = self.block.residual(y, at if rows is None else at.among(rows, pos), past, route)
-            y = y + (self.gate(r).unsqueeze(-1) * update).to(x.dtype)
+    def chance(self, pos):
+        """Weight and logit of the random control: noise, drawn anew while training as dropout is."""
+        if self.training:
+            weight = torch.randn(pos.shape, device=pos.device)
+        else:       # the normal quantile of uniform bits
+            weight = torch.special.ndtri(((random_bits(pos, self.salt) >> 9) + 0.5) / 2**23)
+        return weight, weight - torch.special.ndtri(torch.tensor(1 - self.capacity, device=pos.device))
+
+    def forward(self, x, pos, live=None, cache=None, memory=None, route=top_k):
+        """x (B,T,C), pos, live (B,T), None: all that are present -> (x, Routing). A skipped token leaves
+        nothing in the cache."""
+        live = pos < NO_POSITION if live is None else live
+        weight, logit = self.score(x, pos)
+        runs = route(weight, logit, live, self.capacity)
+        if route is top_k:
+            k = capacity_in_tokens(self.capacity, x.size(1))    # known in advance: shapes are static
         else:
-            place = some.clamp(max=T - 1)
-            these = at.among(rows, torch.where(here, pos.gather(1, place), FAR))            # (n,k)
-            each = place.unsqueeze(-1).expand(-1, -1, C)                                    # (n,k,C)
-            update, choice = self.block.residual(y.gather(1, each), these, past, route)     # (n,k,C)
-            weight = torch.where(here, self.gate(r.gather(1, place)), 0)                    # (n,k)
-            y = y.scatter_add(1, each, (weight.unsqueeze(-1) * update).to(x.dtype))
-        if choice is not None:          # of the tokens selected; now of all
-            expert = torch.full((B, T + 1), -1, device=x.device)
-            own = slice(None) if rows is None else rows
-            expert[own] = expert[own].scatter(1, some, choice.expert)
-            choice = choice._replace(expert=expert[:, :T])
-        return y if rows is None else x.index_copy(0, rows, y), Visit(ran, score, guess, choice)
+            k = int(runs.sum(1).max())
+        if k == 0:
+            return x, Routing(runs, weight, logit)
+        places, selected = places_of(runs, k)
+        index = places.unsqueeze(-1).expand(-1, -1, x.size(-1))                             # (B,k,C)
+        positions = torch.where(selected, pos.gather(1, places), NO_POSITION)
+        update, choice = self.block.residual(x.gather(1, index), positions, cache, memory, route)
+        factor = torch.where(selected, self.gate(weight.gather(1, places)), 0)
+        x = x.scatter_add(1, index, (factor.unsqueeze(-1) * update).to(x.dtype))
+        if choice is not None:          # of the selected tokens; now of all
+            choice = choice._replace(expert=torch.full_like(pos, -1).scatter(1, places, choice.expert))
+        return x, Routing(runs, weight, logit, choice)
 
 
-def imitation_loss(visit, live=None):
-    """Sum over tokens (live (B,T): over those) of the binary cross-entropy of the guess against what top-k
-    selected [MoD 3.5]."""
-    wanted = visit.ran.to(visit.guess.dtype)
-    return F.binary_cross_entropy_with_logits(visit.guess, wanted, live, reduction="sum")
+def predictor_loss(routing, mask=None):
+    """Sum over the tokens of mask (B,T), None: all, of the binary cross-entropy of the causal logit against
+    the routing rule's choice [MoD 3.5]."""
+    target = routing.runs.to(routing.logit.dtype)
+    return F.binary_cross_entropy_with_logits(routing.logit, target, mask, reduction="sum")
 
 
-def confusion(visit, live=None):
-    """Counts (4,) of true positives, false positives, false negatives, true negatives of guess > 0."""
-    yes, ran = visit.guess > 0, visit.ran
-    cases = torch.stack([yes & ran, yes & ~ran, ~yes & ran, ~yes & ~ran])
-    return (cases if live is None else cases & live).sum((1, 2))
+def confusion(routing, mask=None):
+    """Counts (4,) of true positives, false positives, false negatives, true negatives of logit > 0."""
+    yes, runs = routing.logit > 0, routing.runs
+    cases = torch.stack([yes & runs, yes & ~runs, ~yes & runs, ~yes & ~runs])
+    return (cases if mask is None else cases & mask).sum((1, 2))
 
 
 def report(counts):
-    """The four counts of `confusion` -> accuracy, the base rate of always answering no, precision, recall."""
-    tp, fp, fn, tn = (float(c) for c in counts)
+    """The counts of `confusion` -> accuracy, base rate (accuracy of always "no"), precision, recall."""
+    tp, fp, fn, tn = counts.tolist()
     total = tp + fp + fn + tn
     return {"accuracy": (tp + tn) / total, "base_rate": (fp + tn) / total,
             "precision": tp / (tp + fp) if tp + fp else 0.0, "recall": tp / (tp + fn) if tp + fn else 0.0}

@@ -1,162 +1,120 @@
 """Sample from a run, or translate with it, each token coloured by the number of blocks that ran to write it.
 
-    python sample.py --run 3 --prompt "def main(" --tau 0.8
-    echo "class Stack" | python sample.py --run last --prompt -
-    python sample.py --run 3 --speculate 2 --ahead 6        (as full depth would, faster)
-    python sample.py --run 4 --prompt "A dog runs over the grass."      (a translator: one sentence a line)
+    python sample.py --run 3 --prompt "def main(" --rule confidence:0.8     (--prompt -: standard input)
+    python sample.py --run 3 --speculate 2 --draft_tokens 6                 (as full depth would, faster)
+    python sample.py --run 4 --prompt "A dog runs over the grass."          (a translator: a sentence a line)
 """
 import codecs
 import os
+import re
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 import run
 from data.common import EOT, UserError, command, load_tokenizer
 from data.parallel import sentence, source_ids
-from decode import check_drafts, encoded, generate, speculate, translate
+from decode import check_drafts, generate, speculate, translate
+from options import RunOptions, halting_rule, parse, refuse, rule_name
 
 SHADES = (153, 159, 158, 157, 193, 229, 223, 217, 210, 203)     # of the 256 terminal colours: shallow to deep
 
 
 @dataclass
-class Options(run.Halting):
+class Options(RunOptions):
     """Continue a prompt with the model of a run, or translate it."""
-    run: str = "last"           # its folder or number, or "last"
-    out: str = "runs"           # where numbered runs are
     prompt: str | None = None   # a text; translator: a sentence a line. "-": standard input
-    tokens: int = 200           # new tokens at most
+    max_new_tokens: int = 200
     samples: int = 1            # this many texts, side by side in one batch
     temperature: float = 0.8    # 0: always the most likely token
     top_k: int = 50             # choose among this many most likely tokens; 0: all
     seed: int = 0
     speculate: int = 0          # draft with so many blocks, keep what full depth agrees with; 0: do not
-    ahead: int = 4              # with --speculate: tokens to draft at a time
+    draft_tokens: int = 4       # with --speculate: tokens to draft at a time
     beam: int = 5               # translator: hypotheses; 1: greedy
-    penalty: float = 1.0        # translator: hypotheses compare by log-probability / length^penalty
+    length_penalty: float = 1.0     # translator: hypotheses compare by log-probability / length^this
     color: Literal["auto", "always", "never"] = "auto"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
-def pieces(encoding, ids):
-    """One string per token, together the exact text: bytes of a split character count to its last token."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    content = encoding.decode_tokens_bytes(ids)
-    return [decoder.decode(part, final=n == len(ids) - 1) for n, part in enumerate(content)]
-
-
-def shade(depth, L):
-    return SHADES[0 if L == 1 else round((depth - 1) / (L - 1) * (len(SHADES) - 1))]
-
-
-def paint(texts, depths, L):
-    """Strings and block counts (None: plain) -> one string with terminal colours, line ends left plain."""
-    around = [("", "") if d is None else (f"\033[30;48;5;{shade(d, L)}m", "\033[0m") for d in depths]
-    return "".join("\n".join(start + line + end if line else "" for line in text.split("\n"))
-                   for text, (start, end) in zip(texts, around, strict=True))
-
-
-@command
-def main(argv=None):
-    options = run.parse(argv, Options)
-    if min(options.tokens, options.samples, options.beam) < 1:
-        raise UserError("--tokens, --samples and --beam must be at least 1; --beam 1 is greedy")
-    if not (0 <= options.temperature < float("inf")) or options.top_k < 0 or options.seed < 0:
-        raise UserError("--temperature, --top_k and --seed must be at least 0")
-    folder, trained, _, model = run.open_run(options.run, options.out, options.device)
+def check(o, trained, model):
+    """UserError for values that cannot be and for options that would do nothing in this run."""
+    if min(o.max_new_tokens, o.samples, o.beam) < 1 or o.samples > 4096:
+        raise UserError("--max_new_tokens, --samples (at most 4096) and --beam must be at least 1")
+    if not 0 <= o.temperature < float("inf") or min(o.top_k, o.seed) < 0 or not abs(o.length_penalty) < 100:
+        raise UserError("--temperature, --top_k and --seed must be at least 0, "
+                        "--length_penalty a small number")
+    if trained.translate and o.speculate:
+        raise UserError("--speculate drafts a GPT's text")
     if trained.translate:
-        run.refuse(options, ("tokens", "samples", "temperature", "top_k", "seed"),
-                   f"this run is a translator ({trained.translate})")
+        refuse(o, ("max_new_tokens", "samples", "temperature", "top_k", "seed"),
+               f"this run is a translator ({trained.translate})")
     else:
-        run.refuse(options, ("beam", "penalty"), "this run is a GPT")
-    encoding, L = load_tokenizer(folder / "tokenizer.json"), trained.model.n_layer
-    if options.speculate:
-        refuse_drafts(options, trained, model)
-    else:
-        run.refuse(options, ("ahead",), "nothing is drafted without --speculate")
-    named = options.named(trained) if not options.speculate else "full"
-    rule = run.rule_of(named, trained, model)
-    terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    text, color = options.prompt, terminal if options.color == "auto" else options.color == "always"
-    if text is None:
-        text = run.read_json(folder / "meta.json", "prompt")
-        text = text[trained.translate.split("-")[0]] if trained.translate else text
-    elif text == "-":
-        text = sys.stdin.read()
-    write = translations if trained.translate else continuations
-    lines, rows = write(model, encoding, text, rule, options)
-    show(rows, lines, encoding, L, f"{folder}, {named}", color)
-    keep(rows, lines, encoding, folder)
-
-
-def refuse_drafts(options, trained, model):
-    """UserError if --speculate cannot be what is wanted."""
-    run.refuse(options, ("rule", "tau", "exit"), "--speculate writes what full depth would")
+        refuse(o, ("beam", "length_penalty"), "this run is a GPT")
+    if not o.speculate:
+        return refuse(o, ("draft_tokens",), "no token is drafted without --speculate")
+    refuse(o, ("rule",), "--speculate writes what full depth would")
     try:
-        check_drafts(model, options.speculate, options.ahead)
+        check_drafts(model, o.speculate, o.draft_tokens)
     except ValueError as e:
-        raise UserError(f"--speculate {options.speculate} --ahead {options.ahead}: {e}") from None
-    if trained.translate and options.beam > 1:
-        raise UserError("--speculate drafts one text, and a beam turns several: add --beam 1")
+        raise UserError(f"--speculate {o.speculate} --draft_tokens {o.draft_tokens}: {e}") from None
 
 
-def drafts(model, prompts, new, options, end, source=None):
-    """`speculate` for each prompt, `new` tokens each -> Generated, and a line about how it went."""
-    temperature = 0 if source else options.temperature
-    found = [speculate(model, prompt, new[b], options.speculate, options.ahead, temperature=temperature,
-                       top=options.top_k or None, seed=[options.seed, b], end=end,
-                       source=source and source.select([b], 1)) for b, prompt in enumerate(prompts)]
-    kept, drafted = sum(f.kept for f in found), sum(f.drafted for f in found)
-    print(f"drafted with {options.speculate} blocks: {drafted} tokens, {kept / max(1, drafted):.0%} accepted")
-    return [f.text for f in found]
-
-
-def continuations(model, encoding, text, rule, options):
-    """Text -> None, `samples` Generated that begin with it."""
+def continuations(model, encoding, text, rule, o):
+    """`samples` Generated that begin with the text."""
     prompt, room = encoding.encode_ordinary(text), model.config.block_size
     if not prompt:
         raise UserError("the prompt is empty: give --prompt at least one character")
     if len(prompt) >= room:
         raise UserError(f"the prompt has {len(prompt)} tokens, but the model reads at most {room}, what it "
                         f"writes included: give at most {room - 1}")
-    new = min(options.tokens, room - len(prompt))
-    if new < options.tokens:
+    new = min(o.max_new_tokens, room - len(prompt))
+    if new < o.max_new_tokens:
         print(f"(room for {new} new tokens: the context is {room})", file=sys.stderr)
-    prompts = [prompt] * options.samples
-    if options.speculate:
-        return None, drafts(model, prompts, [new] * len(prompts), options, encoding.eot_token)
-    return None, generate(model, prompts, new, rule, temperature=options.temperature,
-                          top=options.top_k or None, seed=options.seed, end=encoding.eot_token)
+    how = {"temperature": o.temperature, "top_k": o.top_k or None, "eos_id": encoding.eot_token}
+    if not o.speculate:
+        return generate(model, [prompt] * o.samples, new, rule, seed=o.seed, **how)
+    results = [speculate(model, prompt, new, o.speculate, o.draft_tokens, seed=[o.seed, b], **how)
+               for b in range(o.samples)]
+    kept, drafted = sum(r.kept for r in results), sum(r.drafted for r in results)
+    print(f"drafted with {o.speculate} blocks: {drafted} tokens, {kept / max(1, drafted):.0%} accepted")
+    return [r.text for r in results]
 
 
-def translations(model, encoding, text, rule, options):
-    """Sentences, one a line -> (the sentences, their best Generated)."""
-    lines = [line.strip() for line in text.strip().split("\n")]
-    sources = source_ids(encoding, lines, model.config.block_size, "the prompt")
-    if options.speculate:
-        (source, new), end = encoded(model, sources), encoding.eot_token
-        return lines, drafts(model, [[end]] * len(lines), new, options, end, source)
-    best = translate(model, sources, encoding.eot_token, rule, options.beam, options.penalty)
-    return lines, [text for text, _ in best]
+def pieces(encoding, ids):
+    """One string per token, together the exact text: bytes of a split character count to its last token."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    texts = [decoder.decode(part) for part in encoding.decode_tokens_bytes(ids)]
+    return [*texts[:-1], texts[-1] + decoder.decode(b"", final=True)]
+
+
+def paint(texts, depths, L):
+    """Strings and block counts (None: plain) -> one string with terminal colours, line ends left plain."""
+    painted = []
+    for text, depth in zip(texts, depths, strict=True):
+        if depth is not None:
+            color = SHADES[round((depth - 1) / max(1, L - 1) * (len(SHADES) - 1))]
+            text = re.sub(".+", rf"\033[30;48;5;{color}m\g<0>\033[0m", text)
+        painted.append(text)
+    return "".join(painted)
 
 
 def show(rows, lines, encoding, L, title, color):
     """Print every row (after the line it translates), a legend and how deep the new tokens went."""
+    visited = [row.visited[row.prompt - 1:] for row in rows]
+    exit_at = np.concatenate([row.exit_at[row.prompt - 1:] for row in rows])
     for n, row in enumerate(rows):
-        depth, ids = [None] * row.prompt + row.visited.sum(1)[row.prompt - 1:].tolist(), row.ids
+        depths, texts = [None] * row.prompt + visited[n].sum(1).tolist(), pieces(encoding, row.ids)
         if lines:
             print(lines[n])
-            depth, ids = depth[row.prompt:], ids[row.prompt:]
-        texts = pieces(encoding, ids)
-        if lines:
-            texts = [texts[0].lstrip(), *texts[1:]]
+            depths, texts = depths[row.prompt:], texts[row.prompt:]
+            texts[0] = texts[0].lstrip()
             texts[-1] = texts[-1].replace(EOT, " </s>" if color else "")
-        print(paint(texts, depth, L) if color else "".join(texts))
+        print(paint(texts, depths, L) if color else "".join(texts))
         print("-" * 60)
-    visited = np.concatenate([r.visited[r.prompt - 1:] for r in rows])
-    exit_at = np.concatenate([r.exit_at[r.prompt - 1:] for r in rows])
+    visited = np.concatenate(visited)
     if color:
         counts = range(1, L + 1)
         print("blocks run to write a token: " + paint([f" {n} " for n in counts], counts, L))
@@ -164,22 +122,46 @@ def show(rows, lines, encoding, L, title, color):
           f"{visited.sum(1).mean():.2f} blocks run")
 
 
-def keep(rows, lines, encoding, folder):
-    """sample.txt and sample.npz (all rows one after another; `row` says whose) in the run's folder."""
+def save(rows, lines, encoding, folder):
+    """sample.txt and sample.npz (all rows one after another; `row` numbers them) in the run's folder."""
+    text = ("\n" + "-" * 60 + "\n").join(encoding.decode(row.ids) for row in rows) + "\n"
     if lines:
-        done = zip(lines, (sentence(encoding, r.ids) for r in rows), strict=True)
-        text = "\n".join(f"{line}\n{translation}\n" for line, translation in done)
-    else:
-        text = ("\n" + "-" * 60 + "\n").join(encoding.decode(r.ids) for r in rows) + "\n"
-    run.write_atomically(folder / "sample.txt", lambda f: f.write(text.encode("utf-8")))
-    arrays = {"ids": np.concatenate([r.ids[:-1] for r in rows]).astype(np.int32),
-              "written": np.concatenate([r.ids[1:] for r in rows]).astype(np.int32),
-              "exit_at": np.concatenate([r.exit_at for r in rows]).astype(np.uint8),
-              "visited": np.concatenate([r.visited for r in rows]),
-              "row": np.repeat(np.arange(len(rows)), [len(r.ids) - 1 for r in rows]),
-              "prompt": np.array([r.prompt for r in rows]), "lines": np.array(lines or [])}
+        pairs = zip(lines, (sentence(encoding, row.ids) for row in rows), strict=True)
+        text = "\n".join(f"{line}\n{translation}\n" for line, translation in pairs)
+    run.write_atomically(folder / "sample.txt", text)
+    ids, prompt, exit_at, visited, _ = zip(*rows, strict=True)
+    arrays = {"ids": np.concatenate([row[:-1] for row in ids]).astype(np.int32),
+              "written": np.concatenate([row[1:] for row in ids]).astype(np.int32),
+              "exit_at": np.concatenate(exit_at).astype(np.uint8), "visited": np.concatenate(visited),
+              "row": np.repeat(range(len(ids)), [len(row) - 1 for row in ids]),
+              "prompt": np.array(prompt), "lines": np.array(lines)}
     run.write_atomically(folder / "sample.npz", lambda f: np.savez_compressed(f, **arrays))
     print(f"wrote {folder / 'sample.txt'} and {folder / 'sample.npz'} (ids, exit_at, visited)")
+
+
+@command
+def main(argv=None):
+    o = parse(argv, Options)
+    folder, trained, _, model = run.open_run(o.run, o.out, o.device)
+    check(o, trained, model)
+    torch.manual_seed(o.seed)
+    name = "full" if o.speculate else rule_name(o, trained)
+    rule, encoding, text = halting_rule(name, model), load_tokenizer(folder / "tokenizer.json"), o.prompt
+    if text is None:
+        text = run.read_json(folder / "meta.json", "prompt")
+        text = text[trained.translate.split("-")[0]] if trained.translate else text
+    elif text == "-":
+        text = sys.stdin.read()
+    if trained.translate:
+        lines = [line.strip() for line in text.strip().split("\n")]
+        sources = source_ids(encoding, lines, model.config.block_size, "the prompt")
+        best = translate(model, sources, encoding.eot_token, rule, o.beam, o.length_penalty)
+        rows = [row for row, _ in best]
+    else:
+        lines, rows = [], continuations(model, encoding, text, rule, o)
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ if o.color == "auto" else o.color == "always"
+    show(rows, lines, encoding, trained.model.n_layer, f"{folder}, {name}", color)
+    save(rows, lines, encoding, folder)
 
 
 if __name__ == "__main__":

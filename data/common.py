@@ -1,38 +1,41 @@
-"""What all data sets share: read texts, train a tokenizer on them, write token files, load them back.
+"""Shared by all data sets: read texts, train a tokenizer, write a prepared set and read it back.
 
-A prepared data set is one folder with four files:
+A prepared set is one folder:
 
-    train.bin, val.bin   token ids, little-endian uint16, documents one after another, EOT after each
-    tokenizer.json       the split pattern and all tokens in order of id
-    meta.json            where the text came from and how much there is; written last: present = complete
+    train.bin, val.bin ...   token ids, little-endian uint16, EOT after each text; the two of a pair in turn
+    tokenizer.json           the split pattern and all tokens in order of id
+    meta.json                name, source, sizes, prompt; "code": true if the texts are Python source;
+                             "languages" of sentence pairs; written last: present = complete
 """
-
-import collections
 import functools
 import hashlib
 import http.client
+import inspect
+import itertools
 import json
 import lzma
 import os
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.request
 import zlib
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import rustbpe
 import tiktoken
-from tqdm import tqdm
+import tyro
 
-EOT = "<|endoftext|>"  # the one special token, id V-1, after every document
+HERE = Path(__file__).resolve().parent
+EOT = "<|endoftext|>"       # the one special token, id V-1
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+ARCHIVE_LIMIT = 2 << 30     # bytes taken from one archive: a small one can unpack to more than the memory
 
-# Text is cut into these pieces before BPE, and no token reaches over a cut. Every character matches one line,
-# so nothing is lost; without look-ahead the matching takes linear time on any input.
+# Text is cut into these pieces before BPE, and no token crosses a cut. Every character matches one of them,
+# so nothing is lost; without look-ahead the time to match is linear on any input.
 PIECES = (
     r" ?[\p{L}\p{M}]+",            # a word, with one space before it
     r"\p{N}{1,3}",                 # up to three digits
@@ -43,16 +46,20 @@ PIECES = (
 
 
 class UserError(Exception):
-    """Something the user can put right; the message says how. Scripts print it without a traceback."""
+    """A fault that the user can correct. Scripts print the message, which says how, without a traceback."""
 
 
 def command(main):
-    """Decorate a script's `main(argv=None)`: a UserError, or a file or memory that cannot be had, prints its
-    message on stderr, exit status 2."""
+    """Decorate a script's `main(argv=None)`: an error is one message on stderr and exit status 2."""
     @functools.wraps(main)
     def run(argv=None):
         try:
-            return main(argv)
+            result = main(argv)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:     # the reader of the output, such as head, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
         except (UserError, OSError, MemoryError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
@@ -62,26 +69,40 @@ def command(main):
     return run
 
 
+def script(**explained):
+    """Decorate the function of a prepare.py -> main(argv=None), whose options are the function's parameters:
+    `explained` here and by the docstring of the file."""
+    explained |= {"vocab_size": "number of tokens, the 256 bytes and the end of text included",
+                  "out": "folder to write to"}
+
+    def decorate(prepare):
+        lines = "".join(f"\n    {name}: {text}" for name, text in explained.items())
+        prepare.__doc__ = f"{sys.modules[prepare.__module__].__doc__}\nArgs:{lines}"
+        main = command(functools.wraps(prepare)(lambda argv=None: tyro.cli(prepare, args=argv)))
+        source = inspect.signature(prepare).parameters["source"]
+        main.automatic = source.default is not source.empty     # runs without options
+        return main
+
+    return decorate
+
+
 # ---- tokenizer
 
 def _encoding(pattern, tokens):
-    """Tokens (list of bytes, index = id, all single bytes among them) -> Encoding with EOT as the last id."""
+    """Tokens (list of bytes, index = id, every single byte included) -> Encoding with EOT as the last id."""
     if len(set(tokens)) != len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
         raise ValueError("tokens are repeated or single bytes are missing")
-    ranks = {token: i for i, token in enumerate(tokens)}
-    return tiktoken.Encoding("nanodepth", pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={EOT: len(tokens)})
+    return tiktoken.Encoding("nanodepth", pat_str=pattern, special_tokens={EOT: len(tokens)},
+                             mergeable_ranks={token: i for i, token in enumerate(tokens)})
 
 
 def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE on an iterable of str -> Encoding with exactly vocab_size ids (256 bytes, merges, EOT).
-
-    The same texts give the same tokenizer. UserError: vocab_size out of range, or too much for the texts."""
+    """Byte-level BPE on an iterable of str -> Encoding with vocab_size ids (256 bytes, merges, EOT).
+    The same texts give the same tokenizer. UserError: vocab_size out of range or too large for the texts."""
     if not 258 <= vocab_size <= 65536:
         raise UserError(f"--vocab-size {vocab_size} is out of range: use 258 (256 bytes, a merge, "
                         f"{EOT}) to 65536 (ids are stored in 16 bits)")
-    pattern = "|".join(PIECES)
-    bpe = rustbpe.Tokenizer()
+    pattern, bpe = "|".join(PIECES), rustbpe.Tokenizer()
     bpe.train_from_iterator(iter(texts), vocab_size - 1, pattern=pattern)
     tokens = list(dict.fromkeys(bytes(token) for token, _ in bpe.get_mergeable_ranks()))
     if len(tokens) < vocab_size - 1:
@@ -94,7 +115,7 @@ def save_tokenizer(path, encoding):
     """Write an Encoding of train_tokenizer as JSON; one character per byte (latin-1), one token per line."""
     tokens = [encoding.decode_single_token_bytes(i).decode("latin-1") for i in range(encoding.n_vocab - 1)]
     content = {"pattern": encoding._pat_str, "eot": EOT, "tokens": tokens}
-    Path(path).write_text(json.dumps(content, indent=0), encoding="utf-8", newline="\n")
+    write_file(path, json.dumps(content, indent=0).encode())
 
 
 def load_tokenizer(path):
@@ -103,30 +124,52 @@ def load_tokenizer(path):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return _encoding(content["pattern"], [token.encode("latin-1") for token in content["tokens"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read the tokenizer {path} ({error!r}): prepare the data set again") from None
+        raise UserError(f"cannot read tokenizer {path} ({error!r}): prepare the data set again") from None
 
 
 def token_bytes(encoding):
-    """Encoding -> (V,) int64, the UTF-8 bytes each token stands for, 0 for EOT.
-
-    Bits per byte of some tokens = sum of their losses in nats / ln 2 / sum of token_bytes[tokens]."""
+    """Encoding -> (V,) int64, the number of UTF-8 bytes of every token, 0 for EOT."""
     sizes = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab - 1)]
     return np.array([*sizes, 0], dtype=np.int64)
 
 
-def to_uint16(ids, vocab_size):
-    """Sequence of int -> (T,) little-endian uint16. Checks 0 <= id < vocab_size first: astype would wrap."""
-    ids = np.asarray(ids, dtype=np.int64)
-    limit = min(vocab_size, 65536)
-    if ids.size and not 0 <= ids.min() <= ids.max() < limit:
-        raise UserError(f"token ids {ids.min()}..{ids.max()} do not fit a vocabulary of {limit} (16-bit ids)")
-    return ids.astype("<u2")
+# ---- files
+
+def write_file(path, content):
+    """Bytes -> the file, all of it or nothing: synced to disk under a name of this process, then moved."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-# ---- texts
+def download(urls, path, sha256):
+    """Fetch path from the first of urls that answers with the expected content, unless path has it -> path.
+    UserError when all fail, saying what to do by hand; path is then as it was."""
+    path, failures = Path(path), []
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return path
+    for url in urls:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                content = response.read()
+            if (digest := hashlib.sha256(content).hexdigest()) != sha256:
+                raise ValueError(f"wrong content, sha256 {digest}")
+            write_file(path, content)
+            return path
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            failures.append(f"  {url}\n    {error}\n")
+    raise UserError(f"cannot download {path.name} (sha256 {sha256}):\n{''.join(failures)}"
+                    f"Fetch it by hand and put it at {path}, or name it with --source FILE")
+
 
 def _files(source, suffixes, skip):
-    """Yield (relative name, bytes) of a file, of a folder, or of a tar archive; hidden files are left out."""
+    """Yield (relative name, bytes) of a file, of a folder or of a tar archive, without hidden files."""
     def wanted(name):
         *folders, file = PurePosixPath(name).parts
         hidden = any(part.startswith(".") for part in (*folders, file))
@@ -139,20 +182,21 @@ def _files(source, suffixes, skip):
                 yield name, path.read_bytes()
     elif source.name.endswith(ARCHIVES):
         with tarfile.open(source) as archive:
-            for member in archive:
-                if member.isfile() and wanted(member.name):
-                    yield str(PurePosixPath(member.name)), archive.extractfile(member).read()
+            members = [member for member in archive if member.isfile() and wanted(member.name)]
+            if sum(member.size for member in members) > ARCHIVE_LIMIT:
+                raise UserError(f"{source} holds over {ARCHIVE_LIMIT:,} bytes: unpack it, give the folder")
+            for member in members:
+                yield str(PurePosixPath(member.name)), archive.extractfile(member).read()
     else:
         yield source.name, source.read_bytes()
 
 
 def read_texts(sources, suffixes=(), skip=()):
     """Paths (files, folders, tar archives) -> list of (relative name, text), sorted by name.
-
-    suffixes: take only file names that end so, () = all; skip: names of folders to leave out, at any depth.
-    Binary and non-UTF-8 files are skipped and counted, a byte order mark is removed, CRLF becomes LF, empty
-    texts and exact duplicates are dropped. UserError when a source cannot be read or nothing is left."""
-    texts, seen, left_out = [], set(), collections.Counter()
+    suffixes: take only file names with these ends, () = all; skip: names of folders to leave out. Binary,
+    non-UTF-8 and empty files and exact duplicates are left out and counted; a byte order mark is removed,
+    CRLF becomes LF. UserError when a source cannot be read or nothing is left."""
+    names, left_out = {}, Counter()     # {text: name}
     for source in map(Path, sources):
         try:
             files = sorted(_files(source, tuple(suffixes), set(skip)))
@@ -162,27 +206,24 @@ def read_texts(sources, suffixes=(), skip=()):
             try:
                 text = content.decode("utf-8-sig").replace("\r\n", "\n")
             except UnicodeDecodeError:
-                text = "\0"  # like a binary file
+                text = "\0"     # treated like a binary file
             if "\0" in text:
                 left_out["not UTF-8 text"] += 1
             elif not text.strip():
                 left_out["empty"] += 1
-            elif text in seen:
+            elif text in names:
                 left_out["duplicate"] += 1
             else:
-                seen.add(text)
-                texts.append((name, text))
+                names[text] = name
     if left_out:
         print("files left out: " + ", ".join(f"{n} {reason}" for reason, n in left_out.items()))
-    if not texts:
-        places = ", ".join(map(str, sources))
-        raise UserError(f"no UTF-8 text files {' '.join(suffixes)} found in {places}: check --source")
-    return sorted(texts)
+    if not names:
+        raise UserError(f"no UTF-8 text files {' '.join(suffixes)} in {', '.join(map(str, sources))}")
+    return sorted((name, text) for text, name in names.items())
 
 
 def cut_at_line(text, val_share):
     """text -> {"train": [head], "val": [tail]}, the tail being val_share of it, cut at the nearest line end.
-
     Without a line end near enough (either side would vanish) the cut is within a line."""
     if len(text) < 2:
         raise UserError("the text is too small to split into train and val: give more text")
@@ -195,7 +236,6 @@ def cut_at_line(text, val_share):
 
 def split_by_document(named_texts, val_share=0.05):
     """[(name, text)] -> {"train": [text], "val": [text]}, whole documents, chosen by a hash of the name.
-
     Neither side is empty: a single document is cut at a line end instead."""
     if len(named_texts) == 1:
         return cut_at_line(named_texts[0][1], val_share)
@@ -205,83 +245,39 @@ def split_by_document(named_texts, val_share=0.05):
     return {"train": texts[n_val:], "val": texts[:n_val]}
 
 
-def download(urls, path, checksum):
-    """Fetch path from the first of urls that answers with the expected content; nothing to do if it is there.
+# ---- prepared sets
 
-    checksum: a sha256, or "md5:..." where nothing better is published. UserError when all fail, saying what
-    to do by hand; path then does not exist or is unchanged."""
-    path, kind = Path(path), "md5" if checksum.startswith("md5:") else "sha256"
-    checksum = checksum.removeprefix("md5:")
-    if path.is_file() and hashlib.new(kind, path.read_bytes()).hexdigest() == checksum:
-        return
-    part, failures = path.with_name(path.name + ".part"), []
-    for url in urls:
-        try:
-            digest = hashlib.new(kind)
-            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
-                size = int(response.headers.get("Content-Length") or 0)
-                with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                    while chunk := response.read(1 << 16):
-                        file.write(chunk)
-                        digest.update(chunk)
-                        bar.update(len(chunk))
-            if digest.hexdigest() != checksum:
-                raise ValueError(f"wrong content, {kind} {digest.hexdigest()}")
-            return os.replace(part, path)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            failures.append(f"  {url}\n    {error}")
-        finally:
-            part.unlink(missing_ok=True)
-    raise UserError(f"cannot download {path.name} ({kind} {checksum}):\n" + "\n".join(failures) + "\n"
-                    f"Fetch it by hand and put it at {path}, or name it with --source FILE")
-
-
-# ---- token files
-
-def _encode(encoding, texts, label):
-    """list of str -> (T,) uint16, EOT after each; EOT written out in a text is ordinary text there."""
-    parts, batch = [], 32
-    for i in tqdm(range(0, len(texts), batch), desc=f"encode {label}", disable=None):
-        for ids in encoding.encode_ordinary_batch(texts[i : i + batch]):
-            parts.append(to_uint16([*ids, encoding.eot_token], encoding.n_vocab))
-    return np.concatenate(parts)
-
-
-def write_set(out, documents, vocab_size, *, name, source, prompt):
-    """Train a tokenizer on documents["train"] and write the prepared set into the folder out.
-
-    documents: {"train": [text], "val": [text]}; source: one line about the origin; prompt: text to sample
-    from. All files are written beside their place and moved at the end, so out never holds half a set."""
-    start, out = time.perf_counter(), Path(out)
-    encoding = train_tokenizer(documents["train"], vocab_size)
-    meta = {"name": name, "source": source, "vocab_size": vocab_size, "prompt": prompt, "splits": {}}
-    print(f"{name}: {source}, vocabulary {vocab_size}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as part:
-            part = Path(part)
-            for split, texts in documents.items():
-                tokens, size = _encode(encoding, texts, split), sum(len(text.encode()) for text in texts)
-                tokens.tofile(part / f"{split}.bin")
-                meta["splits"][split] = {"documents": len(texts), "tokens": len(tokens), "bytes": size}
-                print(f"{split:>6}: {len(texts):,} documents, {size:,} bytes, {len(tokens):,} tokens, "
-                      f"{size / len(tokens):.2f} bytes per token")
-            save_tokenizer(part / "tokenizer.json", encoding)
-            (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8", newline="\n")
-            (out / "meta.json").unlink(missing_ok=True)
-            for file in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
-                os.replace(part / file, out / file)
-    except OSError as error:
-        raise UserError(f"cannot write the data set: {error}") from None
+def write_set(out, splits, vocab_size, *, prefix="", **meta):
+    """Train a tokenizer on splits["train"] and write the prepared set into the folder out.
+    splits: {split: list of texts, or of pairs of texts}; prefix + text is encoded. Examples of train that
+    another split has too are dropped. meta: name, source and other entries of meta.json, which is removed
+    first and written last, so out never holds half a set. OSError when out cannot be written."""
+    start, out, unit = time.perf_counter(), Path(out), "pairs" if "languages" in meta else "documents"
+    print(f"{meta['name']}: {meta['source']}, vocabulary {vocab_size}")
+    held_out = {example for split in splits if split != "train" for example in splits[split]}
+    train = [example for example in splits["train"] if example not in held_out]
+    if dropped := len(splits["train"]) - len(train):
+        print(f"left out of train: {dropped:,} {unit} that another split has too")
+    if not train:
+        raise UserError(f"no {unit} are left to train on: give others to validate or test on")
+    flat = list if unit == "documents" else itertools.chain.from_iterable
+    encoding = train_tokenizer(flat(train), vocab_size)
+    files, meta = {}, meta | {"vocab_size": vocab_size, "splits": {}}
+    for split, examples in (splits | {"train": train}).items():
+        ids = np.concatenate([np.array([*encoding.encode_ordinary(prefix + text), encoding.eot_token], "<u2")
+                              for text in flat(examples)])      # OverflowError beyond 16 bits, never wrapped
+        files[split], size = ids, int(token_bytes(encoding)[ids].sum())
+        meta["splits"][split] = {unit: len(examples), "tokens": len(ids), "bytes": size}
+        print(f"{split:>{max(map(len, splits)) + 1}}: {len(examples):,} {unit}, {size:,} bytes, "
+              f"{len(ids):,} tokens, {size / len(ids):.2f} bytes per token")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "meta.json").unlink(missing_ok=True)
+    for split, ids in files.items():
+        write_file(out / f"{split}.bin", ids.tobytes())
+    save_tokenizer(out / "tokenizer.json", encoding)
+    write_file(out / "meta.json", (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode())
     out = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
     print(f"wrote {out} in {time.perf_counter() - start:.1f} s")
-
-
-class DataSet(NamedTuple):
-    train: np.ndarray  # (T,) read-only memory map of uint16 token ids
-    val: np.ndarray
-    encoding: tiktoken.Encoding
-    meta: dict  # meta.json
 
 
 def is_prepared(folder):
@@ -289,25 +285,46 @@ def is_prepared(folder):
     return (Path(folder) / "meta.json").is_file()
 
 
-def load_set(folder):
-    """Folder -> DataSet, fully checked, so that training need not: UserError says what is wrong."""
-    folder, tokens = Path(folder), {}
+def load_splits(folder, kind):
+    """Folder -> (meta, encoding, {split: (T,) read-only memory map of uint16 ids}), checked in full.
+    kind: text or pairs. UserError when the set is missing, damaged or of the other kind; the message has the
+    command that prepares it, the first one in the docstring of prepare.py."""
+    folder, splits = Path(folder), {}
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        encoding = load_tokenizer(folder / "tokenizer.json")
-        if not isinstance(meta["prompt"], str) or meta["vocab_size"] != encoding.n_vocab:
-            raise ValueError(f"meta.json says {meta['vocab_size']} tokens, tokenizer.json {encoding.n_vocab}")
-        for split in ("train", "val"):
-            path, length = folder / f"{split}.bin", meta["splits"][split]["tokens"]
-            size = path.stat().st_size
-            if size == 0 or size != 2 * length:
-                raise ValueError(f"{path.name} has {size} bytes, meta.json says {length} tokens of 2 bytes")
-            tokens[split] = np.memmap(path, dtype="<u2", mode="r")
-            if (largest := tokens[split].max()) >= encoding.n_vocab:
-                raise ValueError(f"{path.name} has a token {largest}, the vocabulary is {encoding.n_vocab}")
-    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-        script = folder / "prepare.py"
-        again = script if script.is_file() else f"data/text/prepare.py --source PATH --out {folder}"
-        problem = "is damaged" if is_prepared(folder) else "is not prepared"
-        raise UserError(f"the data set {folder} {problem} ({error}): run python {again}") from None
-    return DataSet(tokens["train"], tokens["val"], encoding, meta)
+        encoding, languages = load_tokenizer(folder / "tokenizer.json"), meta.get("languages")
+        if (size := meta["vocab_size"]) != encoding.n_vocab:
+            raise ValueError(f"meta.json says {size} tokens, tokenizer.json {encoding.n_vocab}")
+        for split, counts in meta["splits"].items():
+            file, tokens = folder / f"{split}.bin", counts["tokens"]
+            texts = 2 * counts["pairs"] if languages else counts["documents"]
+            if (size := file.stat().st_size) == 0 or size != 2 * tokens:
+                raise ValueError(f"{file.name} has {size} bytes, meta.json says {tokens} tokens of 2 bytes")
+            splits[split] = ids = np.asarray(np.memmap(file, "<u2", "r"))
+            if ids.max() >= encoding.n_vocab or np.count_nonzero(ids == encoding.eot_token) != texts:
+                raise ValueError(f"{file.name} is not {texts} texts of ids below {encoding.n_vocab}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        problem = "damaged" if is_prepared(folder) else "not prepared"
+        own = (folder / "prepare.py").is_file()
+        doc = (folder if own else HERE / kind).joinpath("prepare.py").read_text(encoding="utf-8")
+        usage = doc[doc.index("python data/"):].partition("\n")[0] + ("" if own else f" --out {folder}")
+        raise UserError(f"the data set {folder} is {problem} ({error}): run {usage}") from None
+    if languages and kind == "text":
+        a, b = languages
+        raise UserError(f"{folder} holds sentence pairs: say what to --translate, {a}-{b} or {b}-{a}")
+    if kind == "pairs" and not languages:
+        raise UserError(f"{folder} is a text, there is nothing to --translate; use a set of sentence pairs")
+    return meta, encoding, splits
+
+
+class DataSet(NamedTuple):
+    train: np.ndarray           # (T,) read-only memory map of uint16 token ids
+    val: np.ndarray
+    encoding: tiktoken.Encoding
+    meta: dict                  # meta.json
+
+
+def load_set(folder):
+    """Folder of a set of texts -> DataSet. UserError as in load_splits."""
+    meta, encoding, splits = load_splits(folder, "text")
+    return DataSet(splits["train"], splits["val"], encoding, meta)

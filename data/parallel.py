@@ -1,18 +1,5 @@
-"""Sets of sentence pairs: read aligned files, write a prepared set, load it back.
-
-A prepared set of pairs is one folder (XX and YY being its languages, such as de and en):
-
-    train.XX.bin, train.YY.bin   token ids, little-endian uint16, EOT after each sentence; so every split
-    val.XX.txt, test.YY.txt ...  the original lines of every split but train, for scoring
-    tokenizer.json               one BPE for both languages
-    meta.json                    written last: present = complete
-"""
-
+"""Sets of sentence pairs: read aligned files, write a prepared set (see common.py), load it back."""
 import gzip
-import json
-import os
-import tempfile
-import time
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -20,33 +7,26 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from data.common import (
-    UserError,
-    is_prepared,
-    load_tokenizer,
-    save_tokenizer,
-    to_uint16,
-    train_tokenizer,
-)
+from data.common import UserError, load_splits, write_set
 
 # A frequent word that the other languages do not have: tells swapped files from right ones.
 TELLTALE = {"de": "und", "en": "and", "fr": "et", "es": "el", "cs": "na"}
 
 
 def sentence_ids(encoding, line):
-    """One sentence -> list of ids that ends with EOT. Its first word is cut like any other, after a space."""
+    """One sentence -> list of ids with EOT. A space precedes it: its first word is cut like any other."""
     return [*encoding.encode_ordinary(" " + line.strip()), encoding.eot_token]
 
 
 def source_ids(encoding, lines, longest, where):
-    """Sentences to translate -> their ids. UserError for one that is empty or longer than the model reads."""
-    found = [sentence_ids(encoding, line) for line in lines]
-    for n, (line, ids) in enumerate(zip(lines, found, strict=True), 1):
+    """Sentences to translate -> their ids. UserError for an empty one or one longer than `longest` ids."""
+    rows = [sentence_ids(encoding, line) for line in lines]
+    for n, (line, ids) in enumerate(zip(lines, rows, strict=True), 1):
         if not line.strip():
             raise UserError(f"{where}: line {n} is empty, give a sentence to translate")
         if len(ids) > longest:
             raise UserError(f"{where}: line {n} has {len(ids)} tokens, the model reads at most {longest}")
-    return found
+    return rows
 
 
 def sentence(encoding, ids):
@@ -55,15 +35,12 @@ def sentence(encoding, ids):
     return " ".join(text.split())
 
 
-# ---- reading
-
-
 def read_lines(path):
-    """A UTF-8 file, also .gz -> its lines without line ends. UserError when it cannot be read."""
+    """The UTF-8 file, or path.gz if there is none -> lines without line ends. UserError if unreadable."""
+    zipped = Path(f"{path}.gz")
+    path = zipped if zipped.is_file() and not Path(path).is_file() else Path(path)
     try:
-        content = Path(path).read_bytes()
-        if Path(path).suffix == ".gz":
-            content = gzip.decompress(content)
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
@@ -72,135 +49,64 @@ def read_lines(path):
     return lines[:-1] if lines[-1] == "" else lines     # not splitlines: U+2028 ends no line here
 
 
-def find_file(folder, names):
-    """The first of `names` that is in the folder, plain or .gz. UserError naming what was expected."""
-    for name in names:
-        for path in (Path(folder) / name, Path(folder) / f"{name}.gz"):
-            if path.is_file():
-                return path
-    raise UserError(f"{folder} has no {' or '.join(names)} (plain or .gz)")
+def read_pairs(paths, languages, split):
+    """Two aligned files -> list of pairs of lines without outer white space. Pairs with a blank line are
+    left out of train. UserError for a blank line in another split, unequal line counts, the same text twice
+    and files that look swapped."""
+    texts = [[line.strip() for line in read_lines(path)] for path in paths]
+    (a, b), count = paths, len(texts[0])
+    if count != len(texts[1]):
+        raise UserError(f"{a} has {count:,} lines and {b} has {len(texts[1]):,}: line n of one must "
+                        f"translate line n of the other")
+    for path, lines in zip(paths, texts, strict=True):
+        if split != "train" and "" in lines:
+            raise UserError(f"{path}: line {lines.index('') + 1} is blank, so its pair cannot be scored")
+    pairs = [pair for pair in zip(*texts, strict=True) if all(pair)]
+    same = sum(x == y for x, y in pairs)
+    if not pairs or same > len(pairs) / 2:
+        raise UserError(f"{a} and {b} are {'the same text' if pairs else 'empty'}")
+    if len(pairs) < count:
+        print(f"left out of {split}: {count - len(pairs):,} pairs with an empty side")
+    for path, lines, language, other in zip(paths, texts, languages, languages[::-1], strict=True):
+        words = " ".join(lines).lower().split()
+        own, foreign = (words.count(TELLTALE.get(name)) for name in (language, other))
+        if foreign > own and language in TELLTALE:
+            raise UserError(f"{path} does not look like '{language}': it has the word '{TELLTALE[other]}' "
+                            f"{foreign} times and '{TELLTALE[language]}' {own} times")
+    return pairs
 
 
-def read_pairs(files):
-    """{language: path} -> {language: lines}. UserError for unequal line counts, for the same text twice, and
-    for files that look swapped."""
-    lines = {language: read_lines(path) for language, path in files.items()}
-    (a, b), counts = files, {language: len(text) for language, text in lines.items()}
-    if counts[a] != counts[b]:
-        raise UserError(f"{files[a]} has {counts[a]:,} lines and {files[b]} has {counts[b]:,}: line n of one "
-                        f"must translate line n of the other")
-    same = sum(x == y for x, y in zip(lines[a], lines[b], strict=True))
-    if counts[a] == 0 or same > counts[a] / 2:
-        raise UserError(f"{files[a]} and {files[b]} are {'the same text' if counts[a] else 'empty'}")
-    for one, other in ((a, b), (b, a)):
-        if {one, other} <= set(TELLTALE):
-            words = " ".join(lines[one]).lower().split()
-            own, foreign = words.count(TELLTALE[one]), words.count(TELLTALE[other])
-            if foreign > own:
-                raise UserError(f"{files[one]} does not look like '{one}': it has the word "
-                                f"'{TELLTALE[other]}' {foreign} times and '{TELLTALE[one]}' {own} times")
-    return lines
+def read_folder(folder, names, languages):
+    """{split: name of its files up to the language} -> {split: pairs of lines}."""
+    return {split: read_pairs([Path(folder, f"{name}.{lang}") for lang in languages], languages, split)
+            for split, name in names.items()}
 
 
-def drop_empty(pairs):
-    """{language: lines} without the pairs of which a side is empty -> (pairs, how many were dropped)."""
-    a, b = pairs
-    kept = [(x, y) for x, y in zip(pairs[a], pairs[b], strict=True) if x.strip() and y.strip()]
-    if not kept:
-        raise UserError("every pair has an empty side: nothing is left to train on")
-    texts = dict(zip((a, b), map(list, zip(*kept, strict=True)), strict=True))
-    return texts, len(pairs[a]) - len(kept)
-
-
-# ---- writing
-
-
-def write_pairs(out, splits, vocab_size, *, name, source, tokenize="13a"):
-    """Train a joint tokenizer on splits["train"] and write the prepared set into the folder out.
-
-    splits: {"train": {language: lines}, "val": ..., any others}; tokenize: sacrebleu's tokenisation for
-    scoring, "none" for text that is tokenised already. out never holds half a set."""
-    start, out, splits = time.perf_counter(), Path(out), dict(splits)
-    splits["train"], dropped = drop_empty(splits["train"])
-    languages = sorted(splits["train"])
-    encoding = train_tokenizer([line for text in splits["train"].values() for line in text], vocab_size)
-    prompt = {language: splits["val"][language][0] for language in languages}
-    meta = {"name": name, "source": source, "vocab_size": vocab_size, "languages": languages,
-            "tokenize": tokenize, "prompt": prompt, "splits": {}}
-    print(f"{name}: {source}, joint vocabulary {vocab_size}")
-    if dropped:
-        print(f"left out of train: {dropped} pairs with an empty side")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as part:
-            for split, texts in splits.items():
-                meta["splits"][split] = _write_split(Path(part), split, texts, encoding)
-            save_tokenizer(Path(part) / "tokenizer.json", encoding)
-            text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-            (Path(part) / "meta.json").write_text(text, encoding="utf-8", newline="\n")
-            (out / "meta.json").unlink(missing_ok=True)
-            for path in sorted(Path(part).iterdir(), key=lambda p: p.name == "meta.json"):
-                os.replace(path, out / path.name)
-    except OSError as error:
-        raise UserError(f"cannot write the data set: {error}") from None
-    print(f"wrote {out} in {time.perf_counter() - start:.1f} s")
-
-
-def _write_split(folder, split, texts, encoding):
-    """Token files, and originals unless it is train -> the split's part of meta.json; prints a line."""
-    found = {"pairs": len(next(iter(texts.values()))), "tokens": {}, "bytes": {}}
-    for language, lines in texts.items():
-        ids = to_uint16([i for line in lines for i in sentence_ids(encoding, line)], encoding.n_vocab)
-        ids.tofile(folder / f"{split}.{language}.bin")
-        found["tokens"][language] = len(ids)
-        found["bytes"][language] = sum(len(line.encode()) for line in lines)
-        if split != "train":
-            text = "".join(line + "\n" for line in lines)
-            (folder / f"{split}.{language}.txt").write_text(text, encoding="utf-8", newline="\n")
-    each = ", ".join(f"{lang} {n:,} tokens" for lang, n in found["tokens"].items())
-    print(f"{split:>17}: {found['pairs']:,} pairs, {each}")
-    return found
-
-
-# ---- loading
+def write_pairs(out, splits, vocab_size, *, languages, name, source, tokenize="13a"):
+    """write_set of {split: pairs of lines}, with one tokenizer for both languages. tokenize: sacrebleu's
+    tokenisation for scoring, "none" for text that is tokenised already."""
+    write_set(out, splits, vocab_size, prefix=" ", name=name, source=source, languages=languages,
+              tokenize=tokenize, prompt=dict(zip(languages, splits["val"][0], strict=True)))
 
 
 class PairSet(NamedTuple):
     folder: Path
-    splits: dict  # {split: {language: list of (T,) uint16 arrays, EOT at the end of each}}
+    splits: dict                # {split: {language: list of (T,) uint16 arrays, EOT at the end of each}}
     encoding: tiktoken.Encoding
-    meta: dict  # meta.json
+    meta: dict                  # meta.json
 
     def originals(self, split, language):
-        """The split's lines as they were, for scoring."""
-        return read_lines(self.folder / f"{split}.{language}.txt")
+        """The lines of a split, for scoring."""
+        return [self.encoding.decode(ids[:-1].tolist()).strip() for ids in self.splits[split][language]]
 
 
 def load_pairs(folder):
-    """Folder -> PairSet, fully checked. UserError says what is wrong."""
-    folder, splits = Path(folder), {}
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        encoding = load_tokenizer(folder / "tokenizer.json")
-        if meta["vocab_size"] != encoding.n_vocab:
-            raise ValueError(f"meta.json says {meta['vocab_size']} tokens, tokenizer.json {encoding.n_vocab}")
-        for split, found in meta["splits"].items():
-            splits[split] = {}
-            for language in meta["languages"]:
-                file = f"{split}.{language}.bin"
-                tokens = np.fromfile(folder / file, dtype="<u2")
-                ends = np.flatnonzero(tokens == encoding.eot_token) + 1
-                if len(tokens) != found["tokens"][language] or len(ends) != found["pairs"]:
-                    raise ValueError(f"{file} has {len(ends)} sentences in {len(tokens)} tokens")
-                if tokens.max(initial=0) >= encoding.n_vocab:
-                    raise ValueError(f"{file} has token {tokens.max()}, the vocabulary is {encoding.n_vocab}")
-                splits[split][language] = np.split(tokens, ends)[:-1]
-    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-        script = folder / "prepare.py"
-        again = script if script.is_file() else f"data/pairs/prepare.py --out {folder}"
-        problem = "is damaged" if is_prepared(folder) else "is not prepared"
-        raise UserError(f"the data set {folder} {problem} ({error}): run python {again}") from None
-    return PairSet(folder, splits, encoding, meta)
+    """Folder -> PairSet. UserError as in load_splits."""
+    meta, encoding, splits = load_splits(folder, "pairs")
+    for split, ids in splits.items():
+        sentences = np.split(ids, np.flatnonzero(ids == encoding.eot_token) + 1)[:-1]
+        splits[split] = {language: sentences[n::2] for n, language in enumerate(meta["languages"])}
+    return PairSet(Path(folder), splits, encoding, meta)
 
 
 def direction(data, translate):

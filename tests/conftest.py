@@ -13,8 +13,10 @@ for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from model import GPT, Attention, GPTConfig, Now, Seq2Seq, Seq2SeqConfig, Tokens, rotations  # noqa: E402
-from routing import FAR, causal  # noqa: E402
+import decode  # noqa: E402
+from exits import full_depth  # noqa: E402
+from model import GPT, Attention, GPTConfig, Seq2Seq, Seq2SeqConfig, position_ids  # noqa: E402
+from routing import NO_POSITION, causal  # noqa: E402
 
 torch.set_num_threads(1)
 V = 23
@@ -36,40 +38,46 @@ def tiny(seed=0, vocab=V, **options):
     config = GPTConfig(**{"n_layer": 4, "n_head": 2, "n_embd": 16, "block_size": 24,
                           "routed": "odd", "capacity": 0.25} | options)
     torch.manual_seed(seed)
-    return at_random(GPT(config, vocab), None)
+    return at_random(GPT(config, vocab))
 
 
 def tiny_translator(seed=0, vocab=V, **options):
     """The same for a Seq2Seq, of which encoder and decoder differ in everything."""
-    config = Seq2SeqConfig(**{"n_layer": 4, "n_head": 2, "n_embd": 16, "n_inner": 40, "block_size": 24,
+    config = Seq2SeqConfig(**{"n_layer": 4, "n_head": 2, "n_embd": 16, "d_ff": 40, "block_size": 24,
                               "enc_layer": 2, "enc_head": 3, "enc_embd": 12, "embeddings": "separate",
                               "routed": "odd", "capacity": 0.25} | options)
     torch.manual_seed(seed)
     model = Seq2Seq(config, vocab)
-    return at_random(model, lambda: [Now(model.encode(texts(5, T=7, vocab=vocab)))] * config.n_layer)
+    return at_random(model, lambda: model.encode(texts(5, T=7, vocab=vocab)))
 
 
-def at_random(model, past):
+def at_random(model, memory=lambda: None):
     """Random weights in float64, the predictors centred so that about half of the tokens run."""
     model.double().eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
     for module in model.modules():
-        if isinstance(module, Attention):
-            module.rope = rotations(len(module.rope), 2 * module.rope.size(-2), torch.float64)
+        if isinstance(module, Attention):       # the table is made in float32
+            size, _, half = module.rope.shape
+            angle = torch.arange(size).double().outer(10000.0 ** (-torch.arange(half).double() / half))
+            module.rope = torch.stack([angle.cos(), angle.sin()], 1)
     ids = texts(vocab=model.vocab_size)
-    at = Tokens(torch.arange(ids.size(1)).expand_as(ids))
-    states = model.trunk(model.embed(ids), at, past and past(), causal)
-    for block, (_, visit) in zip(model.blocks, states, strict=True):
+    layers = model.run_layers(model.embed(ids), position_ids(ids), None, memory(), causal)
+    for block, (_, routing) in zip(model.blocks, layers, strict=True):
         if getattr(block, "predictor", None):
-            block.predictor[2].bias.data -= visit.guess.median() + 0.01
+            block.predictor[2].bias.data -= routing.logit.median() + 0.01
     return model.eval()
 
 
-def held(past):
-    """How many tokens every block of a cache holds or will hold when it is needed, each row by itself."""
-    all_of_them = (past.pos < FAR).sum(1).tolist()
-    return [getattr(kv, "used", all_of_them) for kv in past]
+def one_pass(model, ids, rule=full_depth, route=causal, cache=None, exited_kv="copy"):
+    """ids (B,T) without padding in one call -> StepOutput."""
+    return decode.step(model, ids, position_ids(ids), cache, rule, route, exited_kv)
+
+
+def held(cache):
+    """Tokens that every block of a cache holds, or will hold as soon as it runs again, for each row."""
+    present = (cache.pos < NO_POSITION).sum(1).tolist()
+    return [layer.used if layer.routed else present for layer in cache.layers]
 
 
 def texts(seed=0, rows=3, T=16, vocab=V):
@@ -77,9 +85,32 @@ def texts(seed=0, rows=3, T=16, vocab=V):
     return torch.randint(0, vocab, (rows, T), generator=torch.Generator().manual_seed(seed))
 
 
-TINY = ["--n_layer", "4", "--n_head", "2", "--n_embd", "16", "--block_size", "32", "--batch", "4",
+class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+    """Two FLOPs for every multiply-add of the matrix products that really run; of attention, those of the
+    pairs of query and key that its mask lets through."""
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.__name__.split(".")[0], kwargs or {}
+        if name in ("linear", "matmul", "scaled_dot_product_attention"):    # inference mode shows them whole
+            with self:
+                return func.decompose(*args, **kwargs)
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            a, b = args[-2:] if "add" in name else args[:2]
+            self.flops += 2 * a.numel() * b.shape[-1]
+        elif name.startswith("_scaled_dot_product") and "backward" in name:
+            _, q, k = args[:3]
+            self.flops += 8 * q.numel() * k.shape[-2]
+        elif name.startswith("_scaled_dot_product"):
+            q, k, mask = *args[:2], kwargs.get("attn_mask")
+            seen = 1.0 if mask is None else float((mask == 0).double().mean())
+            self.flops += round(4 * q.numel() * k.shape[-2] * seen)
+        return func(*args, **kwargs)
+
+
+TINY = ["--n_layer", "4", "--n_head", "2", "--n_embd", "16", "--block_size", "32", "--batch_size", "4",
         "--steps", "8", "--warmup", "2", "--eval_every", "4", "--eval_windows", "4", "--save_every", "4",
-        "--log_every", "1", "--tau", "0.05", "--device", "cpu"]
+        "--log_every", "1", "--rule", "confidence:0.05", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -106,8 +137,9 @@ def pairs(tmp_path_factory):
     from data.pairs import prepare
 
     folder, draw = tmp_path_factory.mktemp("pairs"), random.Random(0)
-    for split, count in (("train", 400), ("val", 40), ("test", 12)):
-        lines = [draw.sample(list(WORDS), k=draw.randint(1, 4)) for _ in range(count)]
+    for split, count in (("train", 1200), ("val", 40), ("test", 12)):
+        least = 1 if split == "train" else 3       # what val and test have is dropped from train
+        lines = [draw.sample(list(WORDS), k=draw.randint(least, 4)) for _ in range(count)]
         for language, words in (("aa", lambda w: w), ("bb", WORDS.get)):
             text = "".join(" ".join(map(words, line)) + "\n" for line in lines)
             (folder / f"{split}.{language}").write_text(text, encoding="utf-8")
@@ -136,7 +168,7 @@ def finished(dataset, tmp_path_factory):
     import train as script
 
     out = tmp_path_factory.mktemp("runs")
-    words = ["--steps", "60", "--lr", "0.01", "--eval_every", "20", "--tau", "0.5"]
+    words = ["--steps", "60", "--lr", "0.01", "--eval_every", "20", "--rule", "confidence:0.5"]
     script.main(["--data", str(dataset), "--out", str(out), *TINY, *words])
     assert json.loads((out / "001" / "options.json").read_text("utf-8"))["options"]["n_embd"] == 16
     return out / "001"

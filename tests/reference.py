@@ -37,21 +37,15 @@ def silu(x):
     return x * sigmoid(x)
 
 
-def bce(guesses, member):
-    """Summed binary cross-entropy of logits (MoD 3.5); a nan (no guess: a dense block) is left out.
+def bce(logits, selected):
+    """Summed binary cross-entropy (MoD 3.5).
 
     log sigmoid(g) = -log(e^0 + e^-g) and log(1 - sigmoid(g)) = -log(e^0 + e^g).
     """
     total = 0.0
-    for g, y in zip(np.ravel(guesses), np.ravel(member), strict=True):
-        if not math.isnan(g):
-            total += np.logaddexp(0, -g) if y else np.logaddexp(0, g)
+    for g, y in zip(logits, selected, strict=True):
+        total += np.logaddexp(0, -g) if y else np.logaddexp(0, g)
     return float(total)
-
-
-def confidence(tau):
-    """DAT 3.2: leave after block n when max_v p(v | h^n) > tau_n; tau_1 is tau[0]."""
-    return lambda n, logits, h: bool(np.max(softmax(logits)) > tau[n - 1])
 
 
 class Reference:
@@ -115,15 +109,15 @@ class Reference:
         m = self.linear(name + ".mlp.proj", hidden)
         return a + m
 
-    def score(self, n, x):
+    def router_weight(self, n, x):
         """MoD 3.4: the router's r = w . x."""
         return float(self.weights[f"blocks.{n - 1}.router.weight"][0] @ x)
 
-    def guess(self, n, x):
+    def causal_logit(self, n, x):
         """MoD 3.5: the logit that routes when decoding, W2 silu(W1 x + b1) + b2, or r without predictor."""
         name = f"blocks.{n - 1}.predictor"
         if name + ".0.weight" not in self.weights:
-            return self.score(n, x)
+            return self.router_weight(n, x)
         return float(self.linear(name + ".2", silu(self.linear(name + ".0", x)))[0])
 
     def gate_of(self, r):
@@ -138,34 +132,44 @@ class Reference:
 
     # ---- training: all tokens of one sequence, block after block
 
+    def top_k(self, r):
+        """MoD 3.4: places of the k largest router weights of this sequence (a tie to the earlier token)."""
+        k = max(1, round(self.capacity * len(r)))
+        return sorted(range(len(r)), key=lambda t: (-r[t], t))[:k]
+
     def forward_top_k(self, ids):
-        """States h^0..h^L, each (T, C); visited, scores, guesses (T, L), with nan for dense blocks."""
+        return self.forward(ids, self.top_k)
+
+    def forward(self, ids, select):
+        """Training under a routing rule, select(r of T tokens) -> the places of those that run.
+
+        States h^0..h^L, each (T, C); visited, r, causal logits (T, L), with nan for dense blocks.
+        """
         T, L = len(ids), self.n_layer
         visited = np.zeros((T, L), dtype=bool)
-        scores, guesses = np.full((T, L), np.nan), np.full((T, L), np.nan)
+        r, logits = np.full((T, L), np.nan), np.full((T, L), np.nan)
         states = [np.array([self.embed(ids[t]) for t in range(T)])]
         for n in range(1, L + 1):
             x = states[-1]
             chosen = list(range(T))
             if self.is_routed(n):
                 for t in range(T):
-                    scores[t, n - 1], guesses[t, n - 1] = self.score(n, x[t]), self.guess(n, x[t])
-                # MoD 3.4: the k largest r of this sequence (a tie to the earlier), then back in order of time
-                k = max(1, round(self.capacity * T))
-                chosen = sorted(sorted(chosen, key=lambda t: (-scores[t, n - 1], t))[:k])
+                    r[t, n - 1] = self.router_weight(n, x[t])
+                    logits[t, n - 1] = self.causal_logit(n, x[t])
+                chosen = sorted(select(r[:, n - 1]))  # back in order of time
             memory = {t: self.key_value(n, x[t], t) for t in chosen}
-            out = x.copy()  # MoD 3.4: who was not selected keeps x
+            out = x.copy()  # MoD 3.4: a token that is not selected keeps x
             for t in chosen:
                 visited[t, n - 1] = True
                 f = self.update(n, x[t], t, [memory[j] for j in chosen if j <= t])
                 # MoD 3.4, equation 1: x + gate(r) f(x); a dense block is x + f(x)
-                out[t] = x[t] + (self.gate_of(scores[t, n - 1]) * f if self.is_routed(n) else f)
+                out[t] = x[t] + (self.gate_of(r[t, n - 1]) * f if self.is_routed(n) else f)
             states.append(out)
-        return states, visited, scores, guesses
+        return states, visited, r, logits
 
-    def losses(self, ids, targets):
-        """DAT 2.2: {n: -LL^n} in nats, LL^n = sum_t log p(target_t | h_t^n), no token leaving early."""
-        states = self.forward_top_k(ids)[0]
+    def losses(self, ids, targets, select=None):
+        """DAT 2.2: {n: -LL^n} in nats, LL^n = sum_t log p(target_t | h_t^n), no token exiting early."""
+        states = self.forward(ids, select or self.top_k)[0]
         nll = {}
         for n in self.exits:
             nll[n] = 0.0
@@ -173,17 +177,23 @@ class Reference:
                 nll[n] -= math.log(softmax(self.logits(n, x))[target])
         return nll
 
-    def aligned(self, ids, targets, weights_per_exit):
-        """DAT 2.2, aligned training: sum_n w_n NLL_n / sum_n w_n; w_1 is weights_per_exit[0]."""
-        nll = self.losses(ids, targets)
-        top = sum(weights_per_exit[n - 1] * nll[n] for n in nll)
-        return top / sum(weights_per_exit[n - 1] for n in nll)
-
     # ---- decoding: one token through all its blocks, then the next
 
-    def decode(self, ids, rule):
-        """Read ids one by one; rule(n, logits, h^n) says after block n < L whether this token leaves there.
+    def run(self, n, h, position, memory):
+        """Block n of one token, its key and value added to `memory` -> h^n, or None if it is skipped."""
+        # MoD 3.5: the predictor decides alone, on this token alone; no capacity and no top-k here
+        if self.is_routed(n) and self.causal_logit(n, h) <= 0:
+            return None
+        memory.append(self.key_value(n, h, position))
+        f = self.update(n, h, position, memory)
+        # MoD 3.5: the predictor only opens the way, the factor is still the router's
+        return h + (self.gate_of(self.router_weight(n, h)) * f if self.is_routed(n) else f)
 
+    def decode(self, ids, rule, exited_kv="copy"):
+        """Read ids one by one; rule(n, logits, h^n) says after block n < L whether this token exits there.
+
+        exited_kv: in the blocks above, "copy": keys and values of the copied state; "compute": the token runs
+        these blocks after all, so that its keys and values are the true ones.
         Gives logits (T, V) at the exits, exit_at (T,) in 1..L, visited (T, L), cached entries per block (L,).
         """
         T, L = len(ids), self.n_layer
@@ -193,22 +203,21 @@ class Reference:
         for t in range(T):
             h = self.embed(ids[t])
             for n in range(1, L + 1):
-                # MoD 3.5: the predictor decides alone, on this token alone; no capacity and no top-k here
-                if not self.is_routed(n) or self.guess(n, h) > 0:
-                    visited[t, n - 1] = True
-                    caches[n].append(self.key_value(n, h, t))
-                    f = self.update(n, h, t, caches[n])
-                    # MoD 3.5: the predictor only opens the way, the factor is still the router's
-                    h = h + (self.gate_of(self.score(n, h)) * f if self.is_routed(n) else f)
+                after = self.run(n, h, t, caches[n])
+                visited[t, n - 1] = after is not None
+                h = h if after is None else after
                 # DAT 3.2: exit at the first n that the rule accepts, else at L
                 if n == L or (n in self.exits and rule(n, self.logits(n, h), h)):
                     break
             exit_at.append(n)
             out.append(self.logits(n, h))
-            # DAT 2: the state is copied upward; each higher block applies its own projections to the copy.
-            # A routed block has not seen this token and keeps nothing (DAT has no such blocks: our reading).
             for higher in range(n + 1, L + 1):
-                if not self.is_routed(higher):
+                if exited_kv == "compute":
+                    after = self.run(higher, h, t, caches[higher])
+                    h = h if after is None else after
+                # DAT 2: the state is copied upward; each higher block applies its own projections to it.
+                # A routed block has not seen this token and keeps nothing (our reading: DAT has none).
+                elif not self.is_routed(higher):
                     caches[higher].append(self.key_value(higher, h, t))
         cached = np.array([len(caches[n]) for n in range(1, L + 1)])
         return np.array(out), np.array(exit_at), visited, cached

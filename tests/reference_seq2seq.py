@@ -6,7 +6,6 @@
 As in reference.py: float64 numpy, loops, nothing shared with the real code. The target side is `Reference`
 with one more step in every block; the encoder's weights are those of a `Reference` too, named `encoder.`.
 """
-
 import math
 
 import numpy as np
@@ -24,8 +23,6 @@ class Translator(Reference):
         own = {k.removeprefix("encoder."): w for k, w in weights.items() if k.startswith("encoder.")}
         self.encoder = Reference(own, enc_layer, enc_head)
         self.source = {}  # block n: the (key, value) pairs of all source tokens
-
-    # ---- the source
 
     def encode(self, source_ids):
         """DAT 2.1: the encoder runs whole; every source token attends to all of them, later ones too."""
@@ -45,31 +42,25 @@ class Translator(Reference):
                 both = self.linear(self.name(n) + ".cross.key_value", s)
                 self.source[n].append((both[: len(both) // 2], both[len(both) // 2 :]))
 
-    # ---- a block, for one target token x of shape (C,)
-
     def update(self, n, x, position, memory):
-        """f(x) = a + c + m: a = Attn(LN1(x)), c = Cross(LNc(x + a), source), m = MLP(LN2(x + a + c))."""
+        """f(x) = a + c + m of one target token x (C,): a = Attn(LN1(x)), c = Cross(LNc(x + a), source),
+        m = MLP(LN2(x + a + c))."""
         name = self.name(n)
         query = self.rotate(self.linear(name + ".attn.qkv", self.norm(name + ".ln1", x))[: len(x)], position)
         a = self.linear(name + ".attn.proj", self.attend(query, memory))
         query = self.linear(name + ".cross.query", self.norm(name + ".ln_cross", x + a))
         c = self.linear(name + ".cross.proj", self.attend(query, self.source[n]))
         hidden = gelu(self.linear(name + ".mlp.fc", self.norm(name + ".ln2", x + a + c)))
-        m = self.linear(name + ".mlp.proj", hidden)
-        return a + c + m
-
-    # ---- training and decoding: as without a source, `update` above being the difference
+        return a + c + self.linear(name + ".mlp.proj", hidden)
 
     def forward_top_k(self, ids, source_ids):
-        """States h^0..h^L, each (T, C); visited, scores, guesses (T, L), with nan for dense blocks."""
+        """As without a source: states h^0..h^L, each (T, C); visited, scores, guesses (T, L)."""
         self.read(source_ids)
         return super().forward_top_k(ids)
 
     def decode(self, ids, rule, source_ids):
-        """Logits (T, V) at the exits, exit_at (T,), visited (T, L), cached entries of self-attention (L,).
-
-        DAT 2.2: a copied state fills self-attention above its exit; the source's keys and values are whole.
-        """
+        """As without a source: logits (T, V) at the exits, exit_at (T,), visited (T, L), entries of
+        self-attention's caches (L,). DAT 2.2: copied states fill these; the source's are whole."""
         self.read(source_ids)
         return super().decode(ids, rule)
 
@@ -77,37 +68,37 @@ class Translator(Reference):
 # ---- translating: every new token reads the source and all written tokens again
 
 
-def next_log_probabilities(translator, source_ids, rule, end, written):
-    """log p(v | written, source) for all v; the first token read is `end`."""
-    return log_softmax(translator.decode([end, *written], rule, source_ids)[0][-1])
+def next_log_probabilities(translator, source_ids, rule, eos_id, written):
+    """log p(v | written, source) for all v; the first token read is eos_id."""
+    return log_softmax(translator.decode([eos_id, *written], rule, source_ids)[0][-1])
 
 
-def greedy(translator, source_ids, rule, end, longest):
-    """The likeliest token each time, up to and with `end` or to `longest` tokens."""
+def greedy(translator, source_ids, rule, eos_id, longest):
+    """The most likely token each time, up to and with eos_id or to `longest` tokens."""
     written = []
-    while len(written) < longest and end not in written:
-        logp = next_log_probabilities(translator, source_ids, rule, end, written)
+    while len(written) < longest and eos_id not in written:
+        logp = next_log_probabilities(translator, source_ids, rule, eos_id, written)
         written.append(int(np.argmax(logp)))
     return written
 
 
-def beam(translator, source_ids, rule, end, longest, width, penalty, read=None):
-    """DAT 4 (beam 4 or 5): [(score, written)], best first; score = log p / length^penalty. read: a list to
-    which every text that was read is added, once for its last token."""
+def beam(translator, source_ids, rule, eos_id, longest, width, length_penalty, read=None):
+    """DAT 4 (beam 4 or 5): [(log p / length^length_penalty, written)], best first. read: a list to which
+    every text that was read is added, once for its last token."""
     live, finished, read = [(0.0, ())], [], [] if read is None else read
     for step in range(1, longest + 1):
         candidates = []
         for total, written in live:
-            read.append([end, *written])
-            logp = next_log_probabilities(translator, source_ids, rule, end, written)
+            read.append([eos_id, *written])
+            logp = next_log_probabilities(translator, source_ids, rule, eos_id, written)
             for token in range(len(logp)):
                 candidates.append((total + float(logp[token]), (*written, token)))
         candidates.sort(key=lambda c: -c[0])
         live = []
         for rank, (total, written) in enumerate(candidates[: 2 * width]):
-            if written[-1] == end or step == longest:
+            if written[-1] == eos_id or step == longest:
                 if rank < width:  # one that ends further down is dropped
-                    finished.append((total / len(written) ** penalty, written))
+                    finished.append((total / len(written) ** length_penalty, written))
             elif len(live) < width:
                 live.append((total, written))
         if len(finished) >= width:
@@ -115,52 +106,45 @@ def beam(translator, source_ids, rule, end, longest, width, penalty, read=None):
     return sorted(finished, key=lambda f: -f[0])[:width]
 
 
-def best_of_all(translator, source_ids, rule, end, longest, penalty, total=0.0, written=()):
+def best_of_all(translator, source_ids, rule, eos_id, longest, length_penalty, total=0.0, written=()):
     """(score, tokens) of the best of all outputs that go on from `written`, whose log p is `total`."""
     best = (-math.inf, ())
-    logp = next_log_probabilities(translator, source_ids, rule, end, written)
+    logp = next_log_probabilities(translator, source_ids, rule, eos_id, written)
     for token in range(len(logp)):
-        longer, sum_of_both = (*written, token), total + float(logp[token])
-        if token == end or len(longer) == longest:
-            found = (sum_of_both / len(longer) ** penalty, longer)
+        longer, both = (*written, token), total + float(logp[token])
+        if token == eos_id or len(longer) == longest:
+            output = (both / len(longer) ** length_penalty, longer)
         else:
-            found = best_of_all(translator, source_ids, rule, end, longest, penalty, sum_of_both, longer)
-        if found[0] > best[0]:
-            best = found
+            output = best_of_all(translator, source_ids, rule, eos_id, longest, length_penalty, both, longer)
+        if output[0] > best[0]:
+            best = output
     return best
 
 
-# ---- costs
+# ---- costs of dense decoders; n counts from 0 here, as columns do
 
 
-def copies(visited, dense):
-    """DAT, appendix B: (T, L), where a copy's key and value are used, by a later token that goes deep.
-
-    dense[n] says for each block whether it is dense; n counts from 0 here and in `flops`, as columns do.
-    """
-    T, L = len(visited), len(dense)
+def copies(visited):
+    """DAT, appendix B: (T, L), where a copy's key and value are used, by a later token that comes so deep."""
+    T, L = len(visited), len(visited[0])
     filled = np.zeros((T, L), dtype=bool)
     for j in range(T):
         for n in range(L):
-            for t in range(j + 1, T):
-                if dense[n] and not visited[j][n] and visited[t][n]:
-                    filled[j, n] = True
+            filled[j, n] = not visited[j][n] and any(visited[t][n] for t in range(j + 1, T))
     return filled
 
 
-def flops(visited, exit_at, C, inner, V, S, Ce, dense, confident, needed):
+def flops(visited, classified, C, d_ff, V, S, Ce, needed):
     """DAT appendix B: FLOPs of the decoder for one output, 2 per multiply-add; S = 0: no source at all.
 
-    needed: charge only the copies that are used, else all. confident: DAT 3.2's threshold, which reads a
-    classifier at every block up to the exit; the other rules' own small costs are not counted.
+    needed: charge only the copies that are used, else all. classified (T,): classifiers evaluated, by the
+    threshold of DAT 3.2 one at every block up to the exit; other rules' own small costs are not counted.
     """
-    if not all(dense):
-        raise ValueError("routed blocks attend to fewer than t tokens: not counted here")
-    filled, called, total = copies(visited, dense), set(), 0
+    filled, called, total = copies(visited), set(), 0
     for t in range(1, len(visited) + 1):
-        for n in range(len(dense)):
+        for n in range(len(visited[0])):
             if visited[t - 1][n]:
-                total += 8 * C * C + 4 * inner * C + 4 * t * C  # self-attention and MLP
+                total += 8 * C * C + 4 * d_ff * C + 4 * t * C  # self-attention and MLP
                 if S > 0:
                     total += 4 * C * C + 4 * S * C  # cross-attention: its query and output, its sums
                     if n not in called:
@@ -168,5 +152,5 @@ def flops(visited, exit_at, C, inner, V, S, Ce, dense, confident, needed):
                 called.add(n)
             elif not needed or filled[t - 1, n]:
                 total += 4 * C * C
-        total += 2 * V * C * (int(exit_at[t - 1]) if confident else 1)
+        total += 2 * V * C * int(classified[t - 1])
     return total

@@ -1,5 +1,4 @@
 """data/: preparing a set, reading it back, and what happens when the input or the files are bad."""
-
 import hashlib
 import io
 import json
@@ -11,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_scripts import refused
 
 from data import common
+from data.batches import open_data
 from data.common import UserError
+from data.pairs import prepare as pairs
 from data.pysource import prepare as pysource
 from data.shakespeare import prepare as shakespeare
 from data.text import prepare as text
@@ -46,12 +48,21 @@ def write_files(folder, files):
     return folder
 
 
+def run(script, tmp_path, *words, vocab_size=300):
+    """Prepare a set with the real script -> its folder."""
+    script.main([*map(str, words), "--vocab-size", str(vocab_size), "--out", str(tmp_path / "set")])
+    return tmp_path / "set"
+
+
+def decoded(data, split):
+    """The documents of a split."""
+    return data.encoding.decode(getattr(data, split).tolist()).split(common.EOT)[:-1]
+
+
 @pytest.fixture
 def prepared(tmp_path):
-    """A small complete data set made by the real script from a folder."""
-    write_files(tmp_path / "src", sources())
-    pysource.main(["--source", str(tmp_path / "src"), "--vocab-size", "300", "--out", str(tmp_path / "set")])
-    return tmp_path / "set"
+    """A small complete data set made from a folder."""
+    return run(pysource, tmp_path, "--source", write_files(tmp_path / "src", sources()))
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +74,13 @@ def encoding():
 # ---- tokenizer
 
 
-@pytest.mark.parametrize("string", ODD, ids=range(len(ODD)))
+@pytest.mark.parametrize("string", [*ODD, "日本語 日本"], ids=range(len(ODD) + 1))
 def test_every_string_survives(encoding, string):
-    """Fault: a character that no alternative of the split pattern matches is dropped without a word."""
-    assert encoding.decode(encoding.encode_ordinary(string)) == string
+    """Fault: a character that no alternative of the split pattern matches is dropped without a word; bits per
+    byte with a wrong denominator: characters instead of bytes, or EOT counted."""
+    ids, sizes = encoding.encode_ordinary(string), common.token_bytes(encoding)
+    assert encoding.decode(ids) == string and sizes[ids].sum() == len(string.encode())
+    assert sizes.shape == (300,) and sizes[encoding.eot_token] == 0
 
 
 def test_indentation_is_one_token(encoding):
@@ -108,21 +122,11 @@ def test_vocabulary_that_cannot_be(vocab_size, message):
         common.train_tokenizer(["hello hello hello"], vocab_size)
 
 
-def test_bytes_of_tokens_add_up(encoding):
-    """Fault: bits per byte with a wrong denominator: characters instead of bytes, or EOT counted."""
-    sizes = common.token_bytes(encoding)
-    assert sizes.shape == (300,) and sizes[encoding.eot_token] == 0
-    for string in (*ODD, "日本語 日本"):
-        assert sizes[encoding.encode_ordinary(string)].sum() == len(string.encode())
-
-
 def test_ids_that_do_not_fit_are_refused():
-    """Fault: numpy's astype(uint16) turns 70000 into 4464 and -1 into 65535."""
-    assert common.to_uint16([0, 299], 300).tolist() == [0, 299]
-    assert common.to_uint16([], 300).dtype == np.uint16
-    for ids, vocab_size in ([70000], 100_000), ([-1], 300), ([300], 300):
-        with pytest.raises(UserError, match="do not fit"):
-            common.to_uint16(ids, vocab_size)
+    """Fault: numpy's astype(uint16) turns 70000 into 4464 and -1 into 65535; the writer's array must not."""
+    for wrong in 70000, -1:
+        with pytest.raises(OverflowError):
+            np.array([wrong], "<u2")
 
 
 # ---- texts
@@ -130,23 +134,29 @@ def test_ids_that_do_not_fit_are_refused():
 
 def test_reading_a_folder(tmp_path, capsys):
     """Fault: BOM or CR in the tokens, a crash on a binary file, hidden files, a document counted twice."""
-    files = {"b/x.txt": b"\xef\xbb\xbfone\r\ntwo\r\n", "a.txt": "three\n", "copy.txt": "one\ntwo\n",
-             "latin.txt": b"caf\xe9", "binary.txt": b"a\0b", "empty.txt": " \n", "note.md": "four",
-             ".git/config.txt": "five", "skip/y.txt": "six"}
-    write_files(tmp_path, files)
-    found = common.read_texts([tmp_path], suffixes=[".txt"], skip=["skip"])
-    assert found == [("a.txt", "three\n"), ("b/x.txt", "one\ntwo\n")]
+    write_files(tmp_path, {
+        "b/x.txt": b"\xef\xbb\xbfone\r\ntwo\r\n", "a.txt": "three\n", "copy.txt": "one\ntwo\n",
+        "latin.txt": b"caf\xe9", "binary.txt": b"a\0b", "empty.txt": " \n", "note.md": "four",
+        ".git/config.txt": "five", "skip/y.txt": "six"})
+    texts = common.read_texts([tmp_path], suffixes=[".txt"], skip=["skip"])
+    assert texts == [("a.txt", "three\n"), ("b/x.txt", "one\ntwo\n")]
     out = capsys.readouterr().out
     assert "2 not UTF-8 text" in out and "1 empty" in out and "1 duplicate" in out
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz"])
-def test_archive_reads_as_its_folder(tmp_path, suffix):
-    """Fault: names or order of an archive differ from the folder, and with them the split."""
+def test_archive_reads_as_its_folder(tmp_path, suffix, monkeypatch):
+    """Fault: names or order of an archive differ from the folder, and with them the split; an archive without
+    an upper limit fills the memory."""
     folder = write_files(tmp_path / "src", sources(5))
     with tarfile.open(tmp_path / f"x.{suffix}", "w:" + suffix[4:]) as archive:
         archive.add(folder, arcname=".")
-    assert common.read_texts([tmp_path / f"x.{suffix}"]) == common.read_texts([folder])
+    texts = common.read_texts([folder])
+    monkeypatch.setattr(common, "ARCHIVE_LIMIT", sum(len(text) for _, text in texts))
+    assert common.read_texts([tmp_path / f"x.{suffix}"]) == texts
+    monkeypatch.setattr(common, "ARCHIVE_LIMIT", common.ARCHIVE_LIMIT - 1)
+    with pytest.raises(UserError, match=f"x.{suffix} holds over .* bytes: unpack it"):
+        common.read_texts([tmp_path / f"x.{suffix}"])
 
 
 def test_sources_that_give_nothing(tmp_path):
@@ -185,15 +195,12 @@ def test_single_document_is_cut(string, tail_size):
 
 def test_prepared_set_holds_the_texts(prepared):
     """Fault: text lost or moved between the splits, EOT missing, wrong counts in meta.json."""
-    found = common.load_set(prepared)
-    split = common.split_by_document(common.read_texts([prepared.parent / "src"]))
-    sizes = common.token_bytes(found.encoding)
-    for name, tokens in ("train", found.train), ("val", found.val):
+    data, split = common.load_set(prepared), common.split_by_document(sorted(sources().items()))
+    for name, tokens in ("train", data.train), ("val", data.val):
         assert tokens.dtype == np.uint16 and not tokens.flags.writeable
-        assert found.encoding.decode(tokens.tolist()) == "".join(t + common.EOT for t in split[name])
-        counts = found.meta["splits"][name]
-        assert counts["documents"] == len(split[name]) == (tokens == 299).sum()
-        assert counts["tokens"] == len(tokens) and counts["bytes"] == sizes[tokens].sum()
+        assert decoded(data, name) == split[name] and tokens[-1] == 299
+        assert data.meta["splits"][name] == {"documents": (tokens == 299).sum(), "tokens": len(tokens),
+                                             "bytes": sum(len(text.encode()) for text in split[name])}
 
 
 def test_eot_written_out_in_a_document_is_text(tmp_path):
@@ -204,19 +211,23 @@ def test_eot_written_out_in_a_document_is_text(tmp_path):
     assert (val == 299).sum() == 1 and val[-1] == 299
 
 
+def rewrite(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
 DAMAGE = {
-    "meta.json missing": lambda f: (f / "meta.json").unlink(),
-    "meta.json no JSON": lambda f: (f / "meta.json").write_text("{", encoding="utf-8"),
-    "meta.json no counts": lambda f: (f / "meta.json").write_text('{"vocab_size": 300}', encoding="utf-8"),
-    "tokenizer missing": lambda f: (f / "tokenizer.json").unlink(),
-    "other tokenizer": lambda f: common.save_tokenizer(
-        f / "tokenizer.json", common.train_tokenizer(sources().values(), 310)
-    ),
-    "val missing": lambda f: (f / "val.bin").unlink(),
-    "val empty": lambda f: (f / "val.bin").write_bytes(b""),
-    "train odd": lambda f: (f / "train.bin").write_bytes((f / "train.bin").read_bytes() + b"\0"),
-    "train cut": lambda f: (f / "train.bin").write_bytes((f / "train.bin").read_bytes()[:-2]),
-    "token 300": lambda f: np.full(os.path.getsize(f / "train.bin") // 2, 300, "<u2").tofile(f / "train.bin"),
+    "meta.json missing": lambda folder: (folder / "meta.json").unlink(),
+    "meta.json no JSON": rewrite("meta.json", lambda _: b"{"),
+    "meta.json no counts": rewrite("meta.json", lambda _: b'{"vocab_size": 300}'),
+    "tokenizer missing": lambda folder: (folder / "tokenizer.json").unlink(),
+    "other tokenizer": lambda folder: common.save_tokenizer(
+        folder / "tokenizer.json", common.train_tokenizer(sources().values(), 310)),
+    "val missing": lambda folder: (folder / "val.bin").unlink(),
+    "val empty": rewrite("val.bin", lambda _: b""),
+    "train odd": rewrite("train.bin", lambda old: old + b"\0"),
+    "train cut": rewrite("train.bin", lambda old: old[:-2]),
+    "token 300": rewrite("train.bin", lambda old: np.full(len(old) // 2, 300, "<u2").tobytes()),
+    "one text less": rewrite("train.bin", lambda old: old[:-2] + b"\0\0"),
 }
 
 
@@ -232,8 +243,7 @@ def test_empty_file_is_refused_even_if_meta_agrees(prepared):
     """Fault: numpy cannot map an empty file, and a set without validation text is of no use."""
     meta = json.loads((prepared / "meta.json").read_text(encoding="utf-8"))
     meta["splits"]["val"]["tokens"] = 0
-    (prepared / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    (prepared / "val.bin").write_bytes(b"")
+    write_files(prepared, {"meta.json": json.dumps(meta), "val.bin": b""})
     with pytest.raises(UserError, match="val.bin has 0 bytes"):
         common.load_set(prepared)
 
@@ -251,9 +261,73 @@ def test_interrupted_writing_leaves_no_half_set(prepared, monkeypatch, fail_at):
 
     monkeypatch.setattr(os, "replace", failing)
     texts = list(sources(30).values())
-    with pytest.raises(UserError, match="disk full"):
+    with pytest.raises(OSError, match="disk full"):
         common.write_set(prepared, {"train": texts, "val": texts[:1]}, 300, name="n", source="s", prompt="x")
-    assert not common.is_prepared(prepared) and not list(prepared.glob(".part*"))
+    assert not common.is_prepared(prepared) and not list(prepared.glob("*.part"))
+
+
+@pytest.mark.parametrize("script, words", [(text, ["--source", "a"]),
+                                           (pairs, ["--source", "a", "b", "--languages", "xx", "yy"])])
+def test_files_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch, script, words):
+    """Fault: a power cut leaves names without content; two processes write into one temporary file."""
+    calls, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(os.fstat(fd).st_size) or sync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append((str(a), str(b))) or replace(a, b))
+    code = "".join(sources().values())
+    monkeypatch.chdir(write_files(tmp_path, {"a": code, "b": code.upper()}))
+    run(script, tmp_path, *words)
+    files = ["train.bin", "val.bin", "tokenizer.json", "meta.json"]
+    paths = [str(tmp_path / "set" / file) for file in files]
+    assert calls[1::2] == [(f"{path}.{os.getpid()}.part", path) for path in paths]
+    assert calls[::2] == [os.path.getsize(path) for path in paths]
+
+
+def test_duplicates_across_the_splits_are_dropped_from_train(tmp_path, capsys):
+    """Fault: a test set that is also trained on; the same test set twice in a folder; --val is ignored."""
+    files = sources()
+    test = dict(list(files.items())[:3])
+    write_files(tmp_path / "train", files)
+    write_files(tmp_path / "test", test | {f"copy/{name}": content for name, content in test.items()})
+    data = common.load_set(run(text, tmp_path, "--source", tmp_path / "train", "--val", tmp_path / "test"))
+    said = capsys.readouterr().out
+    assert "3 duplicate" in said and "left out of train: 3 documents that another split has too" in said
+    assert sorted(decoded(data, "val")) == sorted(test.values())
+    assert sorted(decoded(data, "train")) == sorted(set(files.values()) - set(test.values()))
+
+
+# ---- opening a set by its name
+
+
+OWN = '''"""Mine: python data/mine/prepare.py"""
+from data.common import script, write_set
+
+
+@script(source="the text")
+def main(source: str = "x = 1\\n", vocab_size: int = 258, out: str = __file__.removesuffix("prepare.py")):
+    splits = {"train": [source * 9], "val": [source]}
+    write_set(out, splits, vocab_size, name="mine", source="s", prompt="x", code=True)
+'''
+
+
+@pytest.mark.parametrize("name, translate, arguments", [
+    ("mine", "", None), ("text", "", "text/prepare.py --source FILE_OR_FOLDER"),
+    ("nowhere", "", "text/prepare.py --source FILE_OR_FOLDER --out "),
+    ("iwslt14", "de-en", "iwslt14/prepare.py --source DIR"),
+    ("nowhere", "de-en", "pairs/prepare.py --source FILE.de FILE.en --languages de en --out "),
+])
+def test_a_set_prepares_itself_or_is_asked_for(tmp_path, monkeypatch, name, translate, arguments):
+    """Fault: batches.py lists the sets that need no argument; Python source is known by its set;
+    a command without the arguments that are required."""
+    write_files(tmp_path, {f"{path.parent.name}/prepare.py": path.read_bytes()
+                           for path in common.HERE.glob("*/prepare.py")} | {"mine/prepare.py": OWN})
+    monkeypatch.setattr("data.batches.HERE", tmp_path)
+    monkeypatch.setattr("data.__path__", [str(common.HERE), str(tmp_path)])
+    if arguments:
+        with pytest.raises(UserError, match=f"is not prepared .*: run python data/{arguments}"):
+            open_data(name, translate)
+    else:
+        folder, data = open_data(name, translate)
+        assert folder == tmp_path / "mine" and data.meta["code"] is True
 
 
 # ---- download
@@ -280,14 +354,10 @@ def test_download_that_breaks_off(tmp_path, monkeypatch):
     """Fault: half a file under the final name, which the next run takes for the whole."""
 
     class Broken(io.BytesIO):
-        headers = {"Content-Length": "1000"}
-
-        def read(self, size):
-            if chunk := super().read(size):
-                return chunk
+        def read(self):
             raise OSError("connection reset")
 
-    monkeypatch.setattr(common.urllib.request, "urlopen", lambda url, timeout: Broken(b"first half"))
+    monkeypatch.setattr(common.urllib.request, "urlopen", lambda url, timeout: Broken())
     with pytest.raises(UserError, match="connection reset"):
         common.download(["https://mirror.example/input.txt"], tmp_path / "input.txt", "0" * 64)
     assert not list(tmp_path.iterdir())
@@ -299,11 +369,9 @@ def test_download_that_breaks_off(tmp_path, monkeypatch):
 def test_shakespeare_split_is_contiguous(tmp_path):
     """Fault: --source ignored (network), shuffled lines, or a cut far from 90 %."""
     play = "".join(f"SPEAKER {i % 7}:\nWhat says line {i} of {i * i}?\n\n" for i in range(300))
-    (tmp_path / "input.txt").write_bytes(play.replace("\n", "\r\n").encode())
-    argv = ["--source", str(tmp_path / "input.txt"), "--vocab-size", "300", "--out", str(tmp_path / "set")]
-    shakespeare.main(argv)
-    found = common.load_set(tmp_path / "set")
-    head, tail = (found.encoding.decode(t.tolist()[:-1]) for t in (found.train, found.val))
+    write_files(tmp_path, {"input.txt": play.replace("\n", "\r\n")})
+    data = common.load_set(run(shakespeare, tmp_path, "--source", tmp_path / "input.txt"))
+    [head], [tail] = decoded(data, "train"), decoded(data, "val")
     assert head + tail == play and head.endswith("\n") and abs(len(tail) / len(play) - 0.1) < 0.01
 
 
@@ -312,22 +380,22 @@ def test_pysource_leaves_tests_out_and_knows_stdlib(tmp_path, monkeypatch, capsy
     files = sources() | {"lib/tests/test_a.py": "a = 1", "site-packages/p.py": "b = 1", "readme.txt": "c"}
     write_files(tmp_path / "lib", files)
     monkeypatch.setattr(pysource.sysconfig, "get_path", {"stdlib": str(tmp_path / "lib")}.__getitem__)
-    pysource.main(["--vocab-size", "300", "--out", str(tmp_path / "set")])
-    meta = common.load_set(tmp_path / "set").meta
-    assert sum(split["documents"] for split in meta["splits"].values()) == len(sources())
+    meta = common.load_set(run(pysource, tmp_path)).meta
+    assert sum(split["documents"] for split in meta["splits"].values()) == len(sources()) and meta["code"]
     out = capsys.readouterr().out
     assert "38 documents" in out and "bytes per token" in out and str(tmp_path / "set") in out
 
 
-@pytest.mark.parametrize("argv", [["--source", "nowhere.txt"], ["--source", ".", "--vocab-size", "60000"],
-                                  ["--source", ".", "--out", "a.txt"]])
-def test_user_mistake_is_a_message_not_a_traceback(tmp_path, monkeypatch, capsys, argv):
+@pytest.mark.parametrize("argv, said", [
+    ("--source nowhere.txt", "nowhere.txt"), ("--source a.txt --vocab-size 60000", "yields only"),
+    ("--source a.txt --out a.txt", "a.txt"), ("--source latin.txt", "no UTF-8 text files in latin.txt"),
+    ("--source a.txt --val no.txt", "no.txt"), ("--source a.txt --val a.txt", "are left to train on")])
+def test_user_mistake_is_a_message_not_a_traceback(tmp_path, monkeypatch, capsys, argv, said):
     """Fault: a traceback, or exit status 0 after a failure, so that a shell script goes on."""
-    monkeypatch.chdir(write_files(tmp_path, {"a.txt": "\n".join(sources().values()), "b.txt": "more text"}))
-    with pytest.raises(SystemExit) as stop:
-        text.main(["--vocab-size", "300", *argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and "Traceback" not in err
+    files = {"a.txt": "\n".join(sources().values()), "latin.txt": b"caf\xe9"}
+    monkeypatch.chdir(write_files(tmp_path, files))
+    err = refused(capsys, text.main, "--vocab-size", "300", *argv.split())
+    assert err.startswith("error: ") and said in err
 
 
 def test_script_runs_from_any_folder(tmp_path):

@@ -1,26 +1,25 @@
 """Experts [MoD 4.3] and the random control [MoD 3.3]; what the training path may not do."""
 import contextlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, V, texts, tiny
+from conftest import TINY, Counter, V, one_pass, texts, tiny
 from test_equivalence import RULES, by_steps, close, same
 from test_scripts import refused
-from test_translation import Counter
 
 import cost
-import decode
 import evaluate
 import exits
 import run
 import train
 from data.batches import Batch, batches_of, open_data
+from decode import evaluate_loss
 from experts import Experts
-from model import Now, Tokens, positions
-from routing import FAR, causal, imitation_loss, top_k
+from model import position_ids
+from options import Options, read_options
+from routing import NO_POSITION, causal, predictor_loss, top_k
 
 KINDS = {"moe": {"routed": "none", "experts": 3}, "integrated": {"routed": "none", "experts": 2, "noops": 2},
          "staged": {"routed": "odd", "experts": 3}}
@@ -35,14 +34,14 @@ def experts(E=3, noops=2, capacity=1.25, C=8):
 
 
 def in_a_loop(made, x, pos, capacity):
-    """Token by token: (T,C), who ran which expert. capacity: most tokens an expert may take; None: all."""
-    E, out, expert = made.count, torch.zeros_like(x), [-1] * len(x)
+    """Token by token: (T,C), the expert of every token. capacity: most tokens of an expert; None: all."""
+    E, out, expert = made.experts, torch.zeros_like(x), [-1] * len(x)
     p = [(made.router.weight @ token).softmax(0) for token in x]
     for e in range(E):
-        mine = [t for t in range(len(x)) if pos[t] < FAR and int(p[t].argmax()) == e]
+        chosen_by = [t for t in range(len(x)) if pos[t] < NO_POSITION and int(p[t].argmax()) == e]
         if capacity is not None:
-            mine = sorted(mine, key=lambda t: (-p[t][e].item(), t))[:capacity]
-        for t in mine:
+            chosen_by = sorted(chosen_by, key=lambda t: (-p[t][e].item(), t))[:capacity]
+        for t in chosen_by:
             out[t] = p[t][e] * (F.gelu(x[t] @ made.fc.weight[e]) @ made.proj.weight[e])
             expert[t] = e
     return out, expert
@@ -50,24 +49,23 @@ def in_a_loop(made, x, pos, capacity):
 
 @pytest.mark.parametrize("E, noops, capacity", [(3, 2, 1.0), (2, 0, 0.5), (4, 4, 1.25), (1, 1, 1.0)])
 def test_experts_are_the_loop_over_tokens(E, noops, capacity):
-    """A token that runs an expert it did not choose, two experts or a noop's weights; a gate that is not its
-    own probability; places left over in an expert that are filled or counted; padding that takes a place."""
+    """A token that runs an expert it did not choose, two experts or the weights of a no-op; a gate that is
+    not its probability; places of an expert that stay empty filled or counted; padding that takes a place."""
     made, T = experts(E, noops, capacity), 12
     x, pos = torch.randn(2, T, 8, dtype=torch.float64), torch.arange(T).expand(2, T).clone()
-    pos[1, 7:] = FAR
+    pos[1, 7:] = NO_POSITION
     for route in (top_k, causal):
-        found, choice = made(x, pos, route)
-        for b, there in enumerate((12, 7)):
-            share = capacity / (E + noops)
-            limit = None if route is causal else max(1, round(share * there))
+        out, choice = made(x, pos, route)
+        for b, length in enumerate((12, 7)):
+            limit = None if route is causal else max(1, round(capacity / (E + noops) * length))
             expected, expert = in_a_loop(made, x[b], pos[b], limit)
-            close(found[b].detach(), expected.detach())
+            close(out[b].detach(), expected.detach())
             assert choice.expert[b].tolist() == expert
     assert (choice.expert >= 0).any() and (choice.expert[0] < 0).any() == (noops > 0)
 
 
 def test_the_balance_loss():
-    """E sum f P, in tokens, noops among the E: as many as there are when everything is even."""
+    """Not E sum f P in tokens, no-ops among the E: the number of tokens, when everything is even."""
     made, pos = experts(3, 1), torch.arange(6).expand(2, 6)
     x = torch.randn(2, 6, 8, dtype=torch.float64)
     p = (x @ made.router.weight.T).softmax(-1).flatten(0, 1)
@@ -78,7 +76,7 @@ def test_the_balance_loss():
     assert made.router.weight.grad.abs().sum() > 0 and made.fc.weight.grad is None
     made.router.weight.data.zero_()
     close(made(x, pos, top_k)[1].balance.detach(), 12)
-    half = torch.cat([pos[:1], torch.full_like(pos[:1], FAR)])
+    half = torch.cat([pos[:1], torch.full_like(pos[:1], NO_POSITION)])
     close(made(x, half, top_k)[1].balance.detach(), 6)
 
 
@@ -86,19 +84,16 @@ def test_the_balance_loss():
 def test_sampling_with_experts_is_reading_at_once(kind):
     """An expert that sees other tokens of the call, a row that changes another, a future that leaks."""
     model, ids = tiny(**KINDS[kind]), texts(T=12)
-    whole = decode.read(model, ids, positions(ids), None, exits.full_depth, causal)
-    steps, _ = by_steps(model, ids, exits.full_depth)
+    whole, (steps, _) = one_pass(model, ids), by_steps(model, ids, exits.full_depth)
     same(whole, steps)
     assert torch.equal(whole.worked, steps.worked) and (whole.worked <= whole.visited).all()
     assert torch.equal(whole.worked, whole.visited) == ("noops" not in KINDS[kind])
-    early = decode.read(model, ids, positions(ids), None, RULES["scattered"], causal)
+    early = one_pass(model, ids, RULES["scattered"])
     assert early.worked.any() and not (early.worked & ~early.visited).any()
-    alone = decode.read(model, ids[1:2], positions(ids[1:2]), None, exits.full_depth, causal)
-    close(alone.logits[0], whole.logits[1])
+    close(one_pass(model, ids[1:2]).logits[0], whole.logits[1])
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % V
-    changed = decode.read(model, other, positions(ids), None, exits.full_depth, causal)
-    close(changed.logits[:, :-1], whole.logits[:, :-1])
+    close(one_pass(model, other).logits[:, :-1], whole.logits[:, :-1])
 
 
 def test_crowded_experts_leak_in_training_only():
@@ -113,26 +108,25 @@ def test_crowded_experts_leak_in_training_only():
 
 
 def test_a_staged_choice_belongs_to_the_selected_tokens():
+    """Experts of the selected tokens reported at other places."""
     model, ids = tiny(**KINDS["staged"]), texts()
-    for n, (_, visit) in enumerate(model.trunk(model.embed(ids), Tokens(positions(ids)))):
-        ran = torch.ones_like(ids, dtype=torch.bool) if visit.ran is None else visit.ran
-        assert not (visit.choice.expert[~ran] >= 0).any() and (visit.choice.expert >= 0).any()
-        assert (n in (1, 3)) == bool((~ran).any())
+    for n, (_, routing) in enumerate(model.run_layers(model.embed(ids), position_ids(ids))):
+        runs = routing.runs
+        assert not (routing.choice.expert[~runs] >= 0).any() and (routing.choice.expert >= 0).any()
+        assert (n in (1, 3)) == bool((~runs).any())
 
 
-@pytest.mark.parametrize("options", [{"routed": "none"}, {}, {"capacity": 1.0}, {"causal": "router"},
+@pytest.mark.parametrize("options", [{"routed": "none"}, {}, {"capacity": 1.0}, {"causal_logit": "router"},
                                      {"router": "random"}, *KINDS.values()], ids=str)
 def test_training_flops_are_those_that_run(options):
     """A harness that gives one arm more than another; forward and backward of three rows."""
     model, ids = tiny(exits="last", block_size=32, **options), texts(T=33)
-    batch = Batch(ids[:, :-1], ids[:, 1:], positions(ids[:, 1:]))
-    wish = SimpleNamespace(exit_weights="1", gradient_scale=0.0, label_smoothing=0.0, imitation=0.01,
-                           balance=0.01)
+    batch = Batch(ids[:, :-1], ids[:, 1:], position_ids(ids[:, 1:]))
     with torch.no_grad(), Counter() as counted:
         model(batch.ids)
     assert 3 * cost.forward(model.config, V, 32) == counted.flops > 0           # of three rows
     with Counter() as counted:
-        train.aligned(model, batch, 1 / 96, wish)
+        train.aligned(model, batch, 1 / 96, Options())
     assert 3 * cost.training(model.config, V, 32) == pytest.approx(counted.flops, rel=1e-9)
 
 
@@ -142,59 +136,71 @@ def test_training_flops_are_those_that_run(options):
 def test_chance_is_even_and_belongs_to_the_place():
     """Shares other than the capacity, blocks that agree, a token that fares otherwise alone."""
     model, pos = tiny(router="random", routed="all"), torch.arange(40_000).view(1, -1)
-    scores, guesses = zip(*(b.chance(Tokens(pos)) for b in model.blocks), strict=True)
-    for score, guess in zip(scores, guesses, strict=True):
-        assert abs((guess > 0).double().mean() - 0.25) < 0.01
-        assert abs(score.mean()) < 0.02 and abs(score.std() - 1) < 0.02 and score.isfinite().all()
-    agreement = ((guesses[0] > 0) == (guesses[1] > 0)).double().mean()
+    weights, logits = zip(*(block.chance(pos) for block in model.blocks), strict=True)
+    for weight, logit in zip(weights, logits, strict=True):
+        assert abs((logit > 0).double().mean() - 0.25) < 0.01
+        assert abs(weight.mean()) < 0.02 and abs(weight.std() - 1) < 0.02 and weight.isfinite().all()
+    agreement = ((logits[0] > 0) == (logits[1] > 0)).double().mean()
     assert abs(agreement - (0.25**2 + 0.75**2)) < 0.02
     ids = texts()
-    whole = decode.read(model, ids, positions(ids), None, exits.full_depth, causal)
-    same(whole, by_steps(model, ids, exits.full_depth)[0])
+    whole = one_pass(model, ids)
     assert whole.visited.any() and not whole.visited.all()
-    first_leaves = torch.tensor([1, 4, 4]).unsqueeze(1).expand(3, 16)       # chance stays with the row
-    other = decode.read(model, ids, positions(ids), None, exits.chosen(first_leaves), causal)
+    first_exits = torch.tensor([1, 4, 4]).unsqueeze(1).expand(3, 16)        # chance stays with the row
+    other = one_pass(model, ids, exits.forced_exits(first_exits))
     assert torch.equal(other.visited[1:], whole.visited[1:]) and not other.visited[0, :, 1:].any()
+
+
+def test_chance_is_a_function_of_the_seed():
+    """The same draws in every evaluation batch; draws that change between one pass and step by step."""
+    model, ids, drawn = tiny(router="random", routed="all"), texts(), {}
+    for seed in (0, 1, 2, 3, 0):
+        torch.manual_seed(seed)
+        whole, (steps, _) = one_pass(model, ids), by_steps(model, ids, exits.full_depth)
+        same(whole, steps)
+        torch.rand(5)                                           # the seed decides, not the generator's state
+        assert torch.equal(drawn.setdefault(seed, whole.visited), one_pass(model, ids).visited)
+    assert len({tuple(visited.flatten().tolist()) for visited in drawn.values()}) == 4
+    batch = Batch(ids, ids, position_ids(ids))
+    losses = [evaluate_loss(model, [batch] * n, contextlib.nullcontext())["causal"][0] for n in (1, 2)]
+    assert not torch.allclose(losses[1], 2 * losses[0])         # the second batch draws anew
 
 
 @pytest.mark.parametrize("gate", ["raw", "one"])
 def test_the_control_is_top_k_of_noise(gate):
-    """Noise that repeats in training, a number of tokens other than k, a gate other than the score or 1."""
-    model, ids = tiny(router="random", gate=gate).train(), texts()
-    at, x = Tokens(positions(ids)), torch.randn(3, 16, 16, dtype=torch.float64)
-    runs = []
+    """Noise that repeats in training, a number of tokens other than k, a gate other than the weight or 1."""
+    model, x = tiny(router="random", gate=gate).train(), torch.randn(3, 16, 16, dtype=torch.float64)
+    block, pos, results = model.blocks[1], torch.arange(16).expand(3, 16), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        y, visit = model.blocks[1](x, at, Now(), top_k)
-        assert (visit.ran.sum(1) == 4).all()
-        runs.append((y, visit))
-    assert torch.equal(runs[0][0], runs[1][0]) and not torch.equal(runs[0][1].ran, runs[2][1].ran)
-    y, visit = runs[0]
+        y, routing = block(x, pos)
+        assert (routing.runs.sum(1) == 4).all()
+        results.append((y, routing))
+    assert torch.equal(results[0][0], results[1][0])
+    assert not torch.equal(results[0][1].runs, results[2][1].runs)
+    y, routing = results[0]
     for b in range(3):
-        idx = visit.score[b].topk(4).indices.sort().values
-        update = model.blocks[1].block.residual(x[b:b + 1, idx], Tokens(idx[None]), Now(), top_k)[0]
-        gates = visit.score[b, idx, None] if gate == "raw" else 1
-        close((y - x)[b, idx].detach(), (gates * update[0]).detach())
-    assert not visit.guess.requires_grad and torch.isfinite(imitation_loss(visit))
+        places = routing.weight[b].topk(4).indices.sort().values
+        update, _ = block.block.residual(x[b:b + 1, places], places[None])
+        gates = routing.weight[b, places, None] if gate == "raw" else 1
+        close((y - x)[b, places].detach(), (gates * update[0]).detach())
+    assert not routing.logit.requires_grad and torch.isfinite(predictor_loss(routing))
 
 
 # ----------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": "router"}, {"router": "random"},
+@pytest.mark.parametrize("options", [{}, {"causal_logit": "router"}, {"router": "random"},
                                      {"experts": 3, "noops": 1}], ids=str)
-def test_the_training_path_is_one_graph(options, monkeypatch):
+def test_the_training_path_is_one_graph(options):
     """A shape or a branch that depends on the data: the host would wait for the device."""
-    monkeypatch.setattr("linear.LARGE", 0)
-    model, ids = tiny(**options).train(), texts()
-    at = Tokens(positions(ids))
+    model, pos = tiny(**options).train(), torch.arange(16).expand(3, 16)
 
     def loss(x):
         total = 0
         for block in model.blocks:
-            x, visit = block(x, at, Now(), top_k)
-            if visit.guess is not None:
-                total = total + imitation_loss(visit)
+            x, routing = block(x, pos)
+            if routing.logit is not None:
+                total = total + predictor_loss(routing)
         return x.square().sum() + total
 
     torch.compiler.reset()
@@ -208,6 +214,7 @@ def test_the_training_path_is_one_graph(options, monkeypatch):
 @pytest.mark.parametrize("words", [["--experts", "2", "--noops", "2", "--routed", "none"], ["--experts", "2"],
                                    ["--router", "random", "--gate", "one"]], ids=" ".join)
 def test_training_and_measuring(words, dataset, tmp_path, monkeypatch):
+    """Experts or the control that do not learn, or whose FLOPs and arrays do not belong to their run."""
     monkeypatch.setattr(train, "finish", lambda *a: None)
     train.main(["--data", str(dataset), "--out", str(tmp_path), *TINY, "--lr", "0.01", *words])
     [folder] = tmp_path.iterdir()
@@ -222,10 +229,10 @@ def test_training_and_measuring(words, dataset, tmp_path, monkeypatch):
 
 def test_the_balance_loss_is_trained(dataset):
     """A weight that does nothing: experts that start uneven become even."""
-    found = []
+    measured = []
     for balance in ("0", "1"):
-        options = run.read_options(["--data", str(dataset), *TINY, "--routed", "none", "--experts", "4",
-                                    "--lr", "0.01", "--balance", balance])
+        options = read_options(["--data", str(dataset), *TINY, "--routed", "none", "--experts", "4",
+                                    "--lr", "0.01", "--balance_loss", balance], run.stored_options)
         torch.manual_seed(0)
         model = run.build(options, 300)
         for block in model.blocks:
@@ -235,26 +242,28 @@ def test_the_balance_loss_is_trained(dataset):
         for t in range(options.steps):
             train.step_once(model, optimizer, training, options, t, contextlib.nullcontext())
         batch = training.step(0, 99)
-        found.append(sum(v.choice.balance.item() for _, v in model.states(batch)) / batch.count)
-    assert found[1] < found[0]
+        balances = [routing.choice.balance.item() for _, routing in model.run_batch(batch)]
+        measured.append(sum(balances) / batch.count)
+    assert measured[1] < measured[0]
 
 
 def test_combinations_that_cannot_be(capsys):
+    """An option that would do nothing, or a method that another one excludes."""
     for words, said in {"--gate one": "no gradient", "--noops 2": "there are no experts",
                         "--experts 2 --objective mixed --routed none": "those would choose among tokens",
-                        "--router random --causal router": "nothing learns to route",
-                        "--router random --imitation 1": "nothing learns to route",
+                        "--router random --causal_logit router": "nothing learns to route",
+                        "--router random --predictor_loss 1": "nothing learns to route",
                         "--experts 2 --expert_capacity 0": "must be from",
                         "--experts 1": "leaves no choice"}.items():
         assert said in refused(capsys, train.main, *words.split())
 
 
 def test_flops_of_decoding_with_experts():
-    """Noops that cost an MLP, choices that cost nothing."""
-    model, ids = tiny(**KINDS["integrated"]), texts(rows=1, T=12)
-    read = decode.read(model, ids, positions(ids), None, exits.full_depth, causal)
-    visited, exit_at, worked = (t[0].numpy() for t in (read.visited, read.exit_at, read.worked))
-    found = cost.decoding(model.config, V, visited, exit_at, worked=worked).flops
+    """No-ops that cost an MLP, choices that cost nothing."""
+    model = tiny(**KINDS["integrated"])
+    output = one_pass(model, texts(rows=1, T=12))
+    visited, exit_at, worked = (t[0].numpy() for t in (output.visited, output.exit_at, output.worked))
+    counted = cost.decoding(model.config, V, visited, exit_at, worked=worked).flops
     plain = cost.decoding(tiny(routed="none").config, V, visited, exit_at).flops
     idle = (visited & ~worked).sum()
-    assert idle > 0 and plain - found == idle * 4 * 64 * 16 - 12 * 4 * 2 * 16 * (2 + 2)
+    assert idle > 0 and plain - counted == idle * 4 * 64 * 16 - 12 * 4 * 2 * 16 * (2 + 2)

@@ -1,56 +1,40 @@
 """Your own two aligned files: line n of one translates line n of the other.
 
+    python data/pairs/prepare.py --source FILE.de FILE.en --languages de en
     python data/pairs/prepare.py --source talks.de talks.en --languages de en --out data/talks
 """
-
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import tyro
+from sacrebleu import BLEU
 
-if not __package__:  # started as a script: let it find the package `data`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))    # for `python data/pairs/prepare.py`
 
-from data.common import UserError, command
+from data.common import UserError, script, split_by_document
 from data.parallel import read_pairs, write_pairs
 
-
-@dataclass
-class Options:
-    source: tuple[Path, Path]  # two text files, plain or .gz, with as many lines
-    languages: tuple[str, str]  # their names, in the same order: de en
-    val: tuple[Path, Path] | None = None  # two files to validate on; left out: one pair in twenty
-    test: tuple[Path, Path] | None = None  # two files to test on
-    vocab_size: int = 4096  # tokens for both languages, the 256 bytes and the end of text included
-    tokenize: str = "13a"  # sacrebleu's tokenisation for scoring; none: the files are tokenised already
-    out: Path = Path(__file__).resolve().parent  # folder to write to
+Files = tuple[Path, Path]
 
 
-@command
-def main(argv=None):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
-    if len(set(opt.languages)) != 2 or not all(lang.isalpha() for lang in opt.languages):
-        raise UserError(f"--languages {' '.join(opt.languages)}: give two different names made of letters")
-    files = {"train": opt.source, "val": opt.val, "test": opt.test}
-    splits = {split: read_pairs(dict(zip(opt.languages, pair, strict=True)))
-              for split, pair in files.items() if pair}
-    if opt.val is None:
-        splits |= hold_out(splits["train"])
-    source = " and ".join(path.name for path in opt.source)
-    write_pairs(opt.out, splits, opt.vocab_size, name=opt.out.resolve().name, source=source,
-                tokenize=opt.tokenize)
-
-
-def hold_out(pairs, share=0.05):
-    """{language: lines} -> {"train": ..., "val": ...}, the pairs of val drawn with a fixed seed."""
-    count = len(next(iter(pairs.values())))
-    if count < 2:
-        raise UserError("one pair cannot be split into train and val: give more, or --val")
-    drawn = set(np.random.default_rng(0).permutation(count)[:max(1, round(share * count))].tolist())
-    return {split: {lang: [line for n, line in enumerate(lines) if (n in drawn) == (split == "val")]
-                    for lang, lines in pairs.items()} for split in ("train", "val")}
+@script(source="two text files, plain or .gz, with as many lines",
+        languages="their names, in the same order: de en",
+        val="two files to validate on; without them, one pair in twenty", test="two files to test on",
+        tokenize="sacrebleu's tokenisation for scoring; none: the files are tokenised already")
+def main(source: Files, languages: tuple[str, str], val: Files | None = None, test: Files | None = None,
+         tokenize: str = "13a", vocab_size: int = 4096, out: Path = HERE):
+    if len(set(languages)) != 2 or not all(language.isalpha() for language in languages):
+        raise UserError(f"--languages {' '.join(languages)}: give two different names made of letters")
+    if tokenize not in BLEU.TOKENIZERS:
+        raise UserError(f"--tokenize {tokenize}: sacrebleu has {', '.join(BLEU.TOKENIZERS)}")
+    files = {"train": source, "val": val, "test": test}
+    splits = {split: read_pairs(paths, languages, split) for split, paths in files.items() if paths}
+    if not val:
+        if len(splits["train"]) < 2:
+            raise UserError("one pair cannot be split into train and val: give more, or --val")
+        splits |= split_by_document([(f"pair {n}", pair) for n, pair in enumerate(splits["train"])])
+    write_pairs(out, splits, vocab_size, languages=languages, name=out.resolve().name,
+                source=" and ".join(path.name for path in source), tokenize=tokenize)
 
 
 if __name__ == "__main__":

@@ -3,39 +3,27 @@
     python data/pysource/prepare.py
     python data/pysource/prepare.py --source stdlib site-packages --vocab-size 4096 --out data/more-python
 """
-
 import platform
 import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))    # for `python data/pysource/prepare.py`
 
-if not __package__:  # started as a script: let it find the package `data`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.common import read_texts, script, split_by_document, write_set
 
-from data.common import command, read_texts, split_by_document, write_set
-
-PLACES = {"stdlib": "stdlib", "site-packages": "purelib"}  # word after --source -> name in sysconfig
-# Tests, tables of data and old copies of other code; the rest is what people read.
+LIBRARIES = {"stdlib": "stdlib", "site-packages": "purelib"}    # word after --source -> name in sysconfig
+# Tests, tables of data and old copies of other code are left out.
 SKIP = "test tests idlelib lib2to3 encodings pydoc_data site-packages dist-packages __pycache__".split()
 
 
-@dataclass
-class Options:
-    source: tuple[str, ...] = ("stdlib",)  # folders or archives; also the words stdlib and site-packages
-    vocab_size: int = 2048  # tokens, the 256 bytes and the end of text included
-    out: Path = Path(__file__).resolve().parent  # folder to write to
-
-
-@command
-def main(argv=None):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
-    sources = [sysconfig.get_path(PLACES[place]) if place in PLACES else place for place in opt.source]
-    documents = split_by_document(read_texts(sources, suffixes=[".py"], skip=SKIP))
-    origin = f"Python {platform.python_version()}: " + ", ".join(Path(place).name for place in opt.source)
-    write_set(opt.out, documents, opt.vocab_size, name="pysource", source=origin, prompt="def main(")
+@script(source="folders or archives; also the words stdlib and site-packages")
+def main(source: tuple[str, ...] = ("stdlib",), vocab_size: int = 2048, out: Path = HERE):
+    folders = [sysconfig.get_path(LIBRARIES[name]) if name in LIBRARIES else name for name in source]
+    splits = split_by_document(read_texts(folders, suffixes=[".py"], skip=SKIP))
+    origin = f"Python {platform.python_version()}: " + ", ".join(Path(name).name for name in source)
+    write_set(out, splits, vocab_size, name="pysource", source=origin, prompt="def main(", code=True)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,14 @@
     python data/shakespeare/prepare.py
     python data/shakespeare/prepare.py --source input.txt      (without network)
 """
-
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-if not __package__:  # started as a script: let it find the package `data`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from data.common import command, cut_at_line, download, read_texts, write_set
-
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))    # for `python data/shakespeare/prepare.py`
+
+from data.common import cut_at_line, download, read_texts, script, write_set
+
 FILE = "data/tinyshakespeare/input.txt"
 URLS = (
     f"https://raw.githubusercontent.com/karpathy/char-rnn/master/{FILE}",
@@ -25,22 +20,12 @@ URLS = (
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of 1,115,394 bytes
 
 
-@dataclass
-class Options:
-    source: Path | None = None  # input.txt if you already have it; otherwise it is downloaded
-    vocab_size: int = 1024  # tokens, the 256 bytes and the end of text included
-    out: Path = HERE  # folder to write to
-
-
-@command
-def main(argv=None):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
-    path = opt.source or HERE / "input.txt"
-    if opt.source is None:
-        download(URLS, path, SHA256)
+@script(source="input.txt; without it, the file is downloaded")
+def main(source: Path | None = None, vocab_size: int = 1024, out: Path = HERE):
+    path = source or download(URLS, HERE / "input.txt", SHA256)
     [(_, text), *_] = read_texts([path])
-    documents = cut_at_line(text, val_share=0.1)
-    write_set(opt.out, documents, opt.vocab_size, name="shakespeare", source=path.name, prompt="ROMEO:")
+    splits = cut_at_line(text, val_share=0.1)
+    write_set(out, splits, vocab_size, name="shakespeare", source=path.name, prompt="ROMEO:")
 
 
 if __name__ == "__main__":
