@@ -65,7 +65,7 @@ class LayerCache:
             self.kv = k.new_zeros(2, *k.shape[:2], 0, k.size(-1))
         filled = self.kv.size(3)
         if filled < size:
-            more = max(size - filled, filled, 64)
+            more = max(size - filled, filled, 16)
             self.kv = F.pad(self.kv, (0, 0, 0, more))
             self.pos = F.pad(self.pos, (0, more), value=NO_POSITION)
 
