@@ -46,14 +46,13 @@ class LayerCache:
         (B,M)."""
         B, T = pos.shape
         self.grow(max(self.used) + T, k)
-        rows = torch.arange(B, device=pos.device).unsqueeze(1)
-        slots = torch.tensor(self.used, device=pos.device).unsqueeze(1) + torch.arange(T, device=pos.device)
         if min(self.used) == max(self.used):            # a slice is faster than indices
-            rows, slots = slice(None), slice(self.used[0], self.used[0] + T)
-            self.kv[:, :, :, slots] = torch.stack([k, v])
+            slots = slice(self.used[0], self.used[0] + T)
+            self.kv[0, :, :, slots], self.kv[1, :, :, slots], self.pos[:, slots] = k, v, pos
         else:
+            rows, slots = torch.arange(B).unsqueeze(1), torch.tensor(self.used).unsqueeze(1) + torch.arange(T)
             self.kv[0][rows, :, slots], self.kv[1][rows, :, slots] = k.transpose(1, 2), v.transpose(1, 2)
-        self.pos[rows, slots] = pos
+            self.pos[rows, slots] = pos
         present = (pos < NO_POSITION).sum(1).tolist() if self.routed else [T] * B    # absent ones come last
         self.used = [used + n for used, n in zip(self.used, present, strict=True)]
         M = max(self.used)
@@ -158,18 +157,17 @@ def step(model, ids, pos, cache, rule, route=causal, exited_kv="copy"):
     cache, L = cache or Cache(model, *pos.shape), len(model.blocks)
     cache.append(pos)
     x, pos = model.embed(ids), cache.pos[:, cache.start:cache.end]
-    live, exit_at = pos < NO_POSITION, torch.full_like(pos, L)
-    visited, worked = torch.zeros(2, *pos.shape, L, dtype=torch.bool, device=pos.device)
-    weight = torch.full(visited.shape, torch.nan, device=pos.device)
+    live, exit_at, none = pos < NO_POSITION, torch.full_like(pos, L), torch.zeros_like(pos, dtype=torch.bool)
+    visited, worked, weight = [none] * L, [none] * L, [none * torch.nan] * L        # of each block
     state = ExitState(model.classifiers, model.exit_predictor, pos, live, cache.memory)
     for n in range(1, L + 1):
         x, routing = run_block(model, n, x, live, cache, route, exited_kv)
         state.states.append(x)
-        visited[..., n - 1] = worked[..., n - 1] = live & routing.runs
+        visited[n - 1] = worked[n - 1] = live & routing.runs
         if routing.choice is not None:
-            worked[..., n - 1] &= routing.choice.expert >= 0
+            worked[n - 1] = visited[n - 1] & (routing.choice.expert >= 0)
         if routing.weight is not None:
-            weight[..., n - 1] = routing.weight
+            weight[n - 1] = routing.weight.float()
         if n < L and rule is not full_depth:
             exits = live & rule(state)
             exit_at = exit_at.masked_fill(exits, n)
@@ -177,6 +175,7 @@ def step(model, ids, pos, cache, rule, route=causal, exited_kv="copy"):
             if not live.any():
                 break
     cache.states[:, cache.start:cache.end] = x
+    visited, worked, weight = (torch.stack(of_blocks, -1) for of_blocks in (visited, worked, weight))
     logits = state.emitted(exit_at)
     return StepOutput(logits, exit_at, visited, worked, state.classified, state.predicted, weight)
 
