@@ -94,9 +94,9 @@ class Cache:
 
     def append(self, pos):
         """Begin a call of tokens at pos (B,T), NO_POSITION at padding. ValueError if there is no room."""
-        self.start, self.end = self.end, self.end + pos.size(1)
-        if self.end > self.pos.size(1):
+        if self.end + pos.size(1) > self.pos.size(1):
             raise ValueError(f"no room: this cache holds {self.pos.size(1)} tokens of each text")
+        self.start, self.end = self.end, self.end + pos.size(1)
         self.pos[:, self.start:self.end] = pos
 
     def truncate(self, length):
@@ -122,7 +122,7 @@ class StepOutput(NamedTuple):
     worked: torch.Tensor        # (B,T,L) bool, those whose MLP it ran: all without experts
     classified: torch.Tensor    # (B,T) classifiers evaluated for the token
     predicted: torch.Tensor     # (B,T) evaluations of the exit predictor
-    weight: torch.Tensor        # (B,T,L) router weights; nan for blocks that are dense or did not run
+    weight: torch.Tensor        # (B,T,L) router weights; nan in dense blocks and above the last that ran
 
 
 def run_block(model, n, x, live, cache, route, exited_kv="copy"):
@@ -133,7 +133,8 @@ def run_block(model, n, x, live, cache, route, exited_kv="copy"):
     block, layer, pos = model.blocks[n - 1], cache.layers[n - 1], cache.pos[:, cache.start:cache.end]
     if exited_kv == "compute":
         live = pos < NO_POSITION
-        pending, layer.upto = slice(layer.upto, cache.start), max(layer.upto, cache.start)
+        pending = slice(layer.upto, cache.start)
+        layer.upto = max(layer.upto, cache.start)       # so that the block itself adds no copies
         if pending.start < pending.stop:
             late = cache.pos[:, pending]
             cache.states[:, pending], _ = block(cache.states[:, pending], late, late < NO_POSITION, layer,
@@ -145,7 +146,8 @@ def run_block(model, n, x, live, cache, route, exited_kv="copy"):
 
 @torch.inference_mode()
 def step(model, ids, pos, cache, rule, route=causal, exited_kv="copy"):
-    """Run the tokens ids (B,T) at pos (B,T) of one call -> StepOutput. cache None: score a text by itself.
+    """Run the tokens ids (B,T) at pos (B,T) of one call -> StepOutput. cache None: a GPT scores a text by
+    itself.
 
     All tokens of the call at once, under halting `rule` and routing `route`. That is exact, not an
     approximation of going token by token: block n reads states after block n - 1 only, and those stay where
@@ -169,9 +171,9 @@ def step(model, ids, pos, cache, rule, route=causal, exited_kv="copy"):
         if routing.weight is not None:
             weight[n - 1] = routing.weight.float()
         if n < L and rule is not full_depth:
-            exits = live & rule(state)
-            exit_at = exit_at.masked_fill(exits, n)
-            live = state.live = live & ~exits
+            exiting = live & rule(state)
+            exit_at = exit_at.masked_fill(exiting, n)
+            live = state.live = live & ~exiting
             if not live.any():
                 break
     cache.states[:, cache.start:cache.end] = x
@@ -180,12 +182,12 @@ def step(model, ids, pos, cache, rule, route=causal, exited_kv="copy"):
     return StepOutput(logits, exit_at, visited, worked, state.classified, state.predicted, weight)
 
 
-def evaluate_loss(model, batches, context, stop=False):
+def evaluate_loss(model, batches, context, stop=()):
     """Batches under teacher forcing at full depth -> {routing rule: (nats (N,) of every exit summed over
     tokens, counts (4,) of `routing.confusion`)} for every rule that makes a difference; None if `stop`
     became true."""
     device, result, m = model.wte.weight.device, {}, model.config
-    for name in ROUTES if m.routed != "none" or m.experts else ["top_k"]:
+    for name in ROUTES if m.routed_blocks() or m.experts else ["top_k"]:
         losses, counts = torch.zeros(len(model.classifiers.blocks), dtype=torch.float64), torch.zeros(4)
         for i, batch in enumerate(batches):
             if stop:
@@ -262,8 +264,9 @@ def generate(model, prompts, max_new_tokens, rule, route=causal, temperature=1.0
     u = torch.tensor(np.stack([np.random.default_rng([seed, b]).random(max_new_tokens) for b in range(B)]))
     length, active = torch.tensor([len(prompt) for prompt in prompts]), torch.ones(B, dtype=torch.bool)
     cache = Cache(model, B, P + max_new_tokens, memory)
-    outputs, written = [step(model, *pad(prompts, device), cache, rule, route, exited_kv)], []
-    logits = outputs[0].logits[torch.arange(B), length - 1]
+    output = step(model, *pad(prompts, device), cache, rule, route, exited_kv)
+    logits, written = output.logits[torch.arange(B), length - 1], []
+    exit_at, visited = [output.exit_at], [output.visited]
     for i in range(max_new_tokens):
         token = sample_token(next_token_probs(logits, temperature, top_k), u[:, i])
         written.append(torch.where(active, token, -1))
@@ -271,10 +274,11 @@ def generate(model, prompts, max_new_tokens, rule, route=causal, temperature=1.0
         if i + 1 == max_new_tokens or not active.any():
             break
         pos = torch.where(active, length + i, NO_POSITION).unsqueeze(1).to(device)
-        outputs.append(step(model, token.unsqueeze(1).to(device), pos, cache, rule, route, exited_kv))
-        logits = outputs[-1].logits[:, 0]
-    exit_at, visited = (torch.cat([getattr(output, name) for output in outputs], 1).cpu().numpy()
-                        for name in ("exit_at", "visited"))
+        output = step(model, token.unsqueeze(1).to(device), pos, cache, rule, route, exited_kv)
+        logits = output.logits[:, 0]
+        exit_at.append(output.exit_at)
+        visited.append(output.visited)
+    exit_at, visited = (torch.cat(steps, 1).cpu().numpy() for steps in (exit_at, visited))
     texts = []
     for b, (prompt, new) in enumerate(zip(prompts, torch.stack(written, 1).tolist(), strict=True)):
         new = [token for token in new if token >= 0]

@@ -61,6 +61,8 @@ def check(o, folder, source, trained, model):
         raise UserError("this run is a GPT: it has nothing to translate (--bleu, --source)")
     if not o.bleu and not o.source:
         refuse(o, ("beam", "length_penalty", "batch_size"), "nothing is translated (--bleu, --source)")
+    if o.exited_kv == "compute" and trained.model.routed != "none":
+        raise UserError("--exited_kv compute is for models without routed blocks: FLOPs are not counted")
     if o.search and trained.model.exits == "last":
         raise UserError("--search finds thresholds, and this run has one classifier: train with --exits all")
     if o.reference and not o.source:
@@ -198,7 +200,8 @@ def forced(model, batches, names, trained, context, o, known):
     known: {rule: what `under_rule` returned} so far."""
     rows, sources = [], [S for batch in batches for S in batch.sources()]
     counted = "visited", "exit_at", "classified", "predicted", "worked"
-    table("", "rule", "loss", "right", "exit", "blocks", "MFLOPs a row: paper", "needed", "cache / dense")
+    table("", "rule", "loss", "right", "exit", "blocks", "MFLOPs a sequence: paper", "needed",
+          "cache / dense")
     for name in names:
         arrays = known.get(name) or under_rule(model, batches, name, trained, context, o.exited_kv)
         mask = arrays["targets"] >= 0

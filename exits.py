@@ -87,9 +87,9 @@ def loss_and_gradient(classifiers, n, h, targets, scale, label_smoothing=0.0):
     """One exit's part of a loss, backward included, so that the logits of one exit at a time are alive.
 
     h (...,C), targets (...), -1 at padding -> losses (...) in nats without label smoothing, is the most
-    likely token the target (...), gradient (...,C). scale * sum of losses is differentiated into the
-    classifier's parameters here and down to h as the gradient returned: hand the gradients of all exits to
-    one torch.autograd.backward(hs, gradients), and the blocks are walked back once."""
+    likely token the target (...), gradient (...,C). Adds the gradient of scale * sum of losses to the
+    classifier's parameters and returns its gradient with respect to h: one torch.autograd.backward(hs,
+    gradients) over all exits is then the only backward pass through the blocks."""
     size, parts = max(1, CHUNK // len(classifiers.weight(n))), []               # tokens a chunk
     chunks = h.detach().flatten(0, -2).split(size), targets.flatten().split(size)
     for states, wanted in zip(*chunks, strict=True):
@@ -186,7 +186,7 @@ class ExitState:
     """What a halting rule can see after block n of one call: B rows, T tokens each.
 
     n          the block that has just run, from 1
-    states     [h^1, ..., h^n], each (B,T,C); the state of a token that has exited stays as it was
+    states     [h^1, ..., h^n], each (B,T,C); an exited token keeps its state (exited_kv="copy")
     logits(m)  (B,T,V) of the classifier after block m <= n, computed at most once
     pos, live  (B,T) positions; which tokens are present and have not exited
     memory     encoder output of a Seq2Seq, or None
@@ -309,9 +309,10 @@ def parse_rule(name, model):
               "this run has a classifier after its last block only, so no token can exit early: use --rule "
               "full, or train with --exits all")
         numbers = [float(number) for number in value.split(",")] if value else []
-        inspect.signature(RULES[kind]).bind(model, *numbers)
+        try:
+            inspect.signature(RULES[kind]).bind(model, *numbers)
+        except TypeError:
+            raise ValueError(f"{kind} does not take {len(numbers)} numbers") from None
         return RULES[kind](model, *numbers)
-    except TypeError:
-        raise ValueError(f"--rule {name}: {kind} does not take {len(numbers)} numbers") from None
     except ValueError as error:
         raise ValueError(f"--rule {name}: {error}") from None

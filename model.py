@@ -38,7 +38,7 @@ class GPTConfig:
     exit_predictor: Literal["none", "sequence", "token", "geometric", "binary"] = "none"    # where to exit
     routed: str = "odd"                                 # none, odd, even, all, or numbers from 0: "1,3" [MoD]
     capacity: float = 0.125                             # share of the tokens that a routed block runs
-    router: Literal["learned", "random"] = "learned"    # random: the control, weights that look at nothing
+    router: Literal["learned", "random"] = "learned"    # random: the control, weights without input
     gate: Literal["raw", "sigmoid", "one"] = "raw"      # r, sigmoid(r) or (random only) 1 times the update
     causal_logit: Literal["predictor", "router"] = "predictor"  # what decides when sampling
     predictor_width: float = 0.5                        # hidden units of the predictor, a share of n_embd
@@ -207,8 +207,8 @@ class Block(nn.Module):
         return a + self.drop(m), choice
 
     def forward(self, x, pos, live=None, cache=None, memory=None, route=top_k):
-        """x (B,T,C), pos (B,T), live (B,T) bool or None (all) -> (x, Routing). A token that is not live,
-        because it has exited, keeps its state."""
+        """x (B,T,C), pos (B,T), live (B,T) bool or None (all) -> (x, Routing). A token that is not live
+        (it has exited, or is padding) keeps its state."""
         update, choice = self.residual(x, pos, cache, memory, route)
         if live is not None:
             update = torch.where(live.unsqueeze(-1), update, 0)

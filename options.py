@@ -90,7 +90,7 @@ def unused_options(o):
     """Options that would do nothing, by name -> why."""
     m = o.model
     cases = (
-        (m.routed == "none", "no block is routed (--routed none)",
+        (not m.routed_blocks(), "no block is routed (--routed none)",
          "capacity router gate causal_logit predictor_width predictor_loss route"),
         (m.router == "random", "nothing learns to route (--router random)",
          "causal_logit predictor_width predictor_loss route"),
@@ -106,7 +106,8 @@ def unused_options(o):
         (m.exit_predictor == "sequence", "there is one exit for a whole sentence", "sigma"),
         (o.objective != "mixed", "exits are drawn by --objective mixed", "paths"),
         (o.objective != "aligned", f"it belongs to --objective aligned, not {o.objective}",
-         "exit_weights gradient_scale predictor_loss balance_loss route"),
+         "exit_weights gradient_scale predictor_loss balance_loss"),
+        (o.objective == "mixed", "--objective mixed trains no routed blocks", "route"),
         (o.objective == "exit_predictor", "the oracle's exits are not smoothed", "label_smoothing"),
         (o.schedule == "inverse_sqrt", "the inverse square root has no end", "lr_end"))
     return {name: why for applies, why, names in cases if applies for name in names.split()}
@@ -127,6 +128,7 @@ def impossible_combinations(o):
          "--objective exit_predictor needs --exit_predictor token, geometric, binary or sequence"),
         (predictor and not o.init_from,
          "--objective exit_predictor trains the predictor alone: give --init_from, a trained run"),
+        (m.exit_predictor != "none" and m.n_layer == 1, "a model of one block leaves no choice of exit"),
         (m.exit_predictor == "sequence" and not o.translate,
          "--exit_predictor sequence reads a source sentence, and a GPT has none (--translate)"),
         (m.gate == "one" and m.router == "learned",
@@ -150,16 +152,16 @@ def check(o):
         for name in names.split():
             if not low <= value[name] <= high:
                 raise UserError(f"--{name} {value[name]} must be from {low:g} to {high:g}")
+    try:
+        o.model.routed_blocks()
+    except ValueError as e:
+        raise UserError(f"--routed: {e}; use none, odd, even, all or numbers such as 1,3") from None
     for name, why in unused_options(o).items():
         if value[name] != default[name]:
             raise UserError(f"--{name} {value[name]} would do nothing: {why}")
     for applies, message in impossible_combinations(o):
         if applies:
             raise UserError(message)
-    try:
-        o.model.routed_blocks()
-    except ValueError as e:
-        raise UserError(f"--routed: {e}; use none, odd, even, all or numbers such as 1,3") from None
 
 
 def refuse(o, names, why):
@@ -228,7 +230,7 @@ def read_options(argv, stored):
         o = from_file(path, {k: v for k, v in table.items() if k not in ("out", "stop_at")}, argv)
     elif o.init_from:
         path, table = stored(o.init_from, o.out)
-        same = {*(f.name for f in dataclasses.fields(Seq2SeqConfig)), "data", "translate"}
+        same = {*(f.name for f in dataclasses.fields(Seq2SeqConfig)), "data", "translate", "route"}
         o = from_file(path, {k: v for k, v in table.items() if k in same}, argv)
     check(o)
     return o
@@ -236,8 +238,9 @@ def read_options(argv, stored):
 
 def rule_name(o, trained):
     """The halting rule that a script's options name, else the run's own, else what the model allows."""
-    if (o.rule, trained.rule) != ("auto", "auto"):
-        return trained.rule if o.rule == "auto" else o.rule
+    for rule in (o.rule, trained.rule):
+        if rule != "auto":
+            return rule
     if trained.model.exit_predictor != "none":
         return "learned"
     return "confidence:0.3" if trained.model.exits == "all" else "full"

@@ -9,7 +9,7 @@
 A routing rule is a function of tensors, rule(weight, logit, live, capacity) -> runs (B,T) bool, and an
 argument of every call. `top_k` trains, but compares a token with later ones, so it cannot be used for
 sampling. `causal` looks at one token: its logit comes from the auxiliary predictor, or from the router
-itself (`causal_logit="router"`). The random control has Gaussian weights that look at nothing.
+itself (`causal_logit="router"`). The random control has Gaussian weights, independent of the input.
 """
 from typing import NamedTuple
 

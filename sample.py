@@ -95,7 +95,7 @@ def paint(texts, depths, L):
     painted = []
     for text, depth in zip(texts, depths, strict=True):
         if depth is not None:
-            color = SHADES[round((depth - 1) / max(1, L - 1) * (len(SHADES) - 1))]
+            color = SHADES[max(0, round((depth - 1) / max(1, L - 1) * (len(SHADES) - 1)))]
             text = re.sub(".+", rf"\033[30;48;5;{color}m\g<0>\033[0m", text)
         painted.append(text)
     return "".join(painted)

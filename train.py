@@ -23,7 +23,7 @@ from routing import ROUTES, predictor_loss, report
 
 
 def backward(ends):
-    """Walk back at once from all (loss, None) and (states, their gradient) that anything learns from."""
+    """One backward pass from all (loss, None) and (states, their gradient)."""
     ends = [(end, gradient) for end, gradient in ends if end.requires_grad]
     with torch.autocast(ends[0][0].device.type, enabled=False):     # keeps the types of forward
         torch.autograd.backward(*zip(*ends, strict=True))
@@ -93,7 +93,8 @@ OBJECTIVES = {"aligned": aligned, "mixed": mixed, "exit_predictor": exit_predict
 
 
 def learning_rate(t, o):
-    """Linear warm-up, then a cosine from lr to lr * lr_end over exactly the run's steps, or lr / sqrt(t)."""
+    """Linear warm-up, then a cosine from lr to lr * lr_end over exactly the run's steps, or lr * sqrt(warmup
+    / (t + 1))."""
     if t < o.warmup:
         return o.lr * (t + 1) / o.warmup
     if o.schedule == "inverse_sqrt":
@@ -164,17 +165,17 @@ def step_once(model, optimizer, training, o, t, context):
     return {"loss": loss, "norm": norm, "lr": rate, "seconds": seconds}, batch.count / seconds
 
 
-def evaluate(model, batches, context, stop=False):
+def evaluate(model, batches, context, stop=(), route="top_k"):
     """-> dict for metrics.jsonl: loss (nats per token) of every exit under each routing rule, how well the
-    causal logit predicts top-k; None if `stop` became true."""
+    causal logit predicts the rule that trains; None if an interrupt came."""
     model.eval()
     measured, tokens = evaluate_loss(model, batches, context, stop), sum(b.count for b in batches)
     if measured is None:
         return None
     result = {"loss": {rule: (losses / tokens).tolist() for rule, (losses, _) in measured.items()}}
-    if model.config.routed != "none":
+    if model.config.routed_blocks():
         yes, _, _, no = measured["causal"][1].tolist()      # here a positive logit is a token that runs
-        result |= {"predictor": report(measured["top_k"][1]), "causal_share": yes / (yes + no)}
+        result |= {"predictor": report(measured[route][1]), "causal_share": yes / (yes + no)}
     return result
 
 
@@ -208,7 +209,7 @@ def main(argv=None):
     with run.interrupts() as stop, bar:
         for t in range(start, end + 1):
             if t % o.eval_every == 0 or t == o.steps:
-                result = evaluate(model, batches, context, stop)
+                result = evaluate(model, batches, context, stop, o.route)
                 if result:
                     final = result["loss"].get("causal", result["loss"]["top_k"])[-1]
                     result["bits_per_byte"] = final * per_token

@@ -154,6 +154,7 @@ def test_options_of_the_other_kind_are_refused(copy, finished, pairs, dataset, c
             "--search -1": "number of draws", "--beam 3": "nothing is translated"},
         (sample, f"--run {finished}"): {"--beam 2": "this run is a GPT"},
         (evaluate, f"--run {finished}"): {
+            "--exited_kv compute": "without routed blocks",
             "--bleu test": "this run is a GPT", f"--source {meta}": "this run is a GPT",
             f"--data {pairs}": "say what to --translate, aa-bb"},
         (script, out): {
