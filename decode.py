@@ -64,7 +64,7 @@ class LayerCache:
             self.kv = k.new_zeros(2, *k.shape[:2], 0, k.size(-1))
         filled = self.kv.size(3)
         if filled < size:
-            more = max(size - filled, filled, 16)
+            more = max(size - filled, filled, 64)
             self.kv = F.pad(self.kv, (0, 0, 0, more))
             self.pos = F.pad(self.pos, (0, more), value=NO_POSITION)
 
