@@ -28,11 +28,8 @@ class Batch(NamedTuple):
 
     def cut(self, pieces):
         """At most `pieces` smaller batches that together are this one."""
-        parts = zip(*(x.chunk(pieces) for x in self[:3]), strict=True)
-        if not self.source:
-            return [Batch(*part) for part in parts]
-        sources = zip(*(x.chunk(pieces) for x in self.source), strict=True)
-        return [Batch(*part, source) for part, source in zip(parts, sources, strict=True)]
+        parts = zip(*(x.chunk(pieces) for x in (*self[:3], *(self.source or ()))), strict=True)
+        return [Batch(*part[:3], part[3:] or None) for part in parts]
 
     @property
     def mask(self):

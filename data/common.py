@@ -4,22 +4,21 @@ A prepared set is one folder:
 
     train.bin, val.bin ...   token ids, little-endian uint16, EOT after each text; the two of a pair in turn
     tokenizer.json           the split pattern and all tokens in order of id
-    meta.json                name, source, sizes, prompt; "code": true if the texts are Python source;
-                             "languages" of sentence pairs; written last: present = complete
+    meta.json                name, source, sizes, prompt, "languages" of sentence pairs; written last:
+                             present = complete
 """
+import contextlib
 import functools
 import hashlib
 import http.client
 import inspect
 import itertools
 import json
-import lzma
 import os
 import sys
 import tarfile
 import time
 import urllib.request
-import zlib
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -45,7 +44,7 @@ PIECES = (
 )
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A fault that the user can correct. Scripts print the message, which says how, without a traceback."""
 
 
@@ -70,8 +69,8 @@ def command(main):
 
 
 def script(**explained):
-    """Decorate the function of a prepare.py -> main(argv=None), whose options are the function's parameters:
-    `explained` here and by the docstring of the file."""
+    """Decorate the last function of a prepare.py -> main(argv=None), called at once if the file is run as a
+    script; options are the function's parameters, `explained` here and by the docstring of the file."""
     explained |= {"vocab_size": "number of tokens, the 256 bytes and the end of text included",
                   "out": "folder to write to"}
 
@@ -81,12 +80,12 @@ def script(**explained):
         main = command(functools.wraps(prepare)(lambda argv=None: tyro.cli(prepare, args=argv)))
         source = inspect.signature(prepare).parameters["source"]
         main.automatic = source.default is not source.empty     # runs without options
+        if prepare.__module__ == "__main__":
+            main()
         return main
 
     return decorate
 
-
-# ---- tokenizer
 
 def _encoding(pattern, tokens):
     """Tokens (list of bytes, index = id, every single byte included) -> Encoding with EOT as the last id."""
@@ -120,11 +119,9 @@ def save_tokenizer(path, encoding):
 
 def load_tokenizer(path):
     """Read what save_tokenizer wrote -> tiktoken.Encoding. UserError when missing or damaged."""
-    try:
+    with reading(path):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return _encoding(content["pattern"], [token.encode("latin-1") for token in content["tokens"]])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read tokenizer {path} ({error!r}): prepare the data set again") from None
 
 
 def token_bytes(encoding):
@@ -133,17 +130,32 @@ def token_bytes(encoding):
     return np.array([*sizes, 0], dtype=np.int64)
 
 
-# ---- files
+@contextlib.contextmanager
+def reading(path):
+    """Whatever goes wrong in here means: this file is damaged. UserError with its name."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:      # numpy, zipfile, zlib, json and torch raise a dozen kinds
+        raise UserError(f"cannot read {path}, it is missing or damaged: {e!r:.200}") from None
+
 
 def write_file(path, content):
-    """Bytes -> the file, all of it or nothing: synced to disk under a name of this process, then moved."""
+    """Write bytes, a string, or what content(file) writes: under a name of this process, synced to the disk,
+    then renamed, so that `path` is the old file or all of the new. UserError if the disk is full."""
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            file.write(content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # torch.save reports a full disk as RuntimeError
+        raise UserError(f"cannot write {path} ({error}); is the disk full? What was there is kept") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -198,10 +210,8 @@ def read_texts(sources, suffixes=(), skip=()):
     CRLF becomes LF. UserError when a source cannot be read or nothing is left."""
     names, left_out = {}, Counter()     # {text: name}
     for source in map(Path, sources):
-        try:
+        with reading(source):
             files = sorted(_files(source, tuple(suffixes), set(skip)))
-        except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
-            raise UserError(f"cannot read the source {source}: {error}") from None
         for name, content in files:
             try:
                 text = content.decode("utf-8-sig").replace("\r\n", "\n")
@@ -244,8 +254,6 @@ def split_by_document(named_texts, val_share=0.05):
     n_val = max(1, round(len(texts) * val_share))
     return {"train": texts[n_val:], "val": texts[:n_val]}
 
-
-# ---- prepared sets
 
 def write_set(out, splits, vocab_size, *, prefix="", **meta):
     """Train a tokenizer on splits["train"] and write the prepared set into the folder out.

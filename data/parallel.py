@@ -1,13 +1,12 @@
 """Sets of sentence pairs: read aligned files, write a prepared set (see common.py), load it back."""
 import gzip
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
-from data.common import UserError, load_splits, write_set
+from data.common import UserError, load_splits, reading, write_set
 
 # A frequent word that the other languages do not have: tells swapped files from right ones.
 TELLTALE = {"de": "und", "en": "and", "fr": "et", "es": "el", "cs": "na"}
@@ -39,20 +38,15 @@ def read_lines(path):
     """The UTF-8 file, or path.gz if there is none -> lines without line ends. UserError if unreadable."""
     zipped = Path(f"{path}.gz")
     path = zipped if zipped.is_file() and not Path(path).is_file() else Path(path)
-    try:
+    with reading(path):
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
     return lines[:-1] if lines[-1] == "" else lines     # not splitlines: U+2028 ends no line here
 
 
 def read_pairs(paths, languages, split):
-    """Two aligned files -> list of pairs of lines without outer white space. Pairs with a blank line are
-    left out of train. UserError for a blank line in another split, unequal line counts, the same text twice
-    and files that look swapped."""
+    """Two aligned files -> list of pairs of lines; pairs with a blank line are left out of train. UserError
+    for a blank line in another split, unequal line counts, the same text twice, files that look swapped."""
     texts = [[line.strip() for line in read_lines(path)] for path in paths]
     (a, b), count = paths, len(texts[0])
     if count != len(texts[1]):

@@ -20,7 +20,3 @@ def main(source: Path, vocab_size: int = 10_000, out: Path = HERE):
     splits = read_folder(source, {"train": "train", "val": "valid", "test": "test"}, ("de", "en"))
     write_pairs(out, splits, vocab_size, languages=("de", "en"), name="iwslt14",
                 source="TED talks, German and English", tokenize="none")
-
-
-if __name__ == "__main__":
-    main()

@@ -30,7 +30,3 @@ def main(source: Path | None = None, vocab_size: int = 4096, out: Path = HERE):
     splits = read_folder(source or HERE, NAMES, ("de", "en"))
     write_pairs(out, splits, vocab_size, languages=("de", "en"), name="multi30k",
                 source="captions, English and German")
-
-
-if __name__ == "__main__":
-    main()

@@ -35,7 +35,3 @@ def main(source: Files, languages: tuple[str, str], val: Files | None = None, te
         splits |= split_by_document([(f"pair {n}", pair) for n, pair in enumerate(splits["train"])])
     write_pairs(out, splits, vocab_size, languages=languages, name=out.resolve().name,
                 source=" and ".join(path.name for path in source), tokenize=tokenize)
-
-
-if __name__ == "__main__":
-    main()

@@ -23,11 +23,7 @@ def main(source: tuple[str, ...] = ("stdlib",), vocab_size: int = 2048, out: Pat
     folders = [sysconfig.get_path(LIBRARIES[name]) if name in LIBRARIES else name for name in source]
     splits = split_by_document(read_texts(folders, suffixes=[".py"], skip=SKIP))
     origin = f"Python {platform.python_version()}: " + ", ".join(Path(name).name for name in source)
-    write_set(out, splits, vocab_size, name="pysource", source=origin, prompt="def main(", code=True)
-
-
-if __name__ == "__main__":
-    main()
+    write_set(out, splits, vocab_size, name="pysource", source=origin, prompt="def main(")
 
 # Expected output (2 CPU cores; another version of Python has slightly different files):
 # files left out: 2 duplicate, 2 empty

@@ -27,10 +27,6 @@ def main(source: Path | None = None, vocab_size: int = 1024, out: Path = HERE):
     splits = cut_at_line(text, val_share=0.1)
     write_set(out, splits, vocab_size, name="shakespeare", source=path.name, prompt="ROMEO:")
 
-
-if __name__ == "__main__":
-    main()
-
 # Expected output (2 CPU cores):
 # shakespeare: input.txt, vocabulary 1024
 #  train: 1 documents, 1,003,856 bytes, 408,438 tokens, 2.46 bytes per token

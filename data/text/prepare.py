@@ -24,10 +24,6 @@ def main(source: Path, val: Path | None = None, suffix: tuple[str, ...] = (), vo
     prompt = " ".join(splits["val"][0].split()[:3])[:40]    # how the held-out text begins
     write_set(out, splits, vocab_size, name=out.resolve().name, source=source.resolve().name, prompt=prompt)
 
-
-if __name__ == "__main__":
-    main()
-
 # Expected output of the second command, on 97 novels of 1839-1929 (2 CPU cores):
 # novels: novels.tar.xz, vocabulary 4096
 #  train: 92 documents, 71,842,790 bytes, 20,929,084 tokens, 3.43 bytes per token
