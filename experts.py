@@ -4,35 +4,15 @@
     integrated MoDE     --experts 4 --noops 4       a token that chooses a no-op expert skips the MLP
     staged MoDE         --experts 4 --routed odd    the tokens that a routed block runs choose an expert
 
-Every token chooses its most likely expert. Under the routing rule `top_k` an expert keeps the `capacity`
-tokens of a sequence with the largest probability and drops the others (static shapes; a look ahead); under
-any other rule, as when sampling, it takes every token that chose it.
+Every token chooses its most likely expert. Under `top_k` an expert drops all but the `capacity` most likely
+tokens of a sequence (static shapes, a look ahead); under any other rule, as when sampling, it takes them all.
 """
-from typing import NamedTuple
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from linear import in_full_precision
 from routing import NO_POSITION, capacity_in_tokens, places_of, top_k
-
-
-class Choice(NamedTuple):
-    """What the experts of one block did with the tokens of one call."""
-    expert: torch.Tensor        # (B,T) the expert that ran the token, -1: none
-    balance: torch.Tensor       # () load-balancing loss; a token's share is 1 when all are chosen alike
-
-
-class ExpertLinear(nn.Module):
-    """E linear maps side by side: x (E,n,c) -> (E,n,d)."""
-
-    def __init__(self, E, c, d):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(E, c, d))
-
-    def forward(self, x):
-        return torch.bmm(x, self.weight.to(x.dtype))
 
 
 class Experts(nn.Module):
@@ -44,10 +24,12 @@ class Experts(nn.Module):
         super().__init__()
         self.experts, self.capacity = experts, capacity / (experts + noops)
         self.router = nn.Linear(C, experts + noops, bias=False)
-        self.fc, self.proj = ExpertLinear(experts, C, units), ExpertLinear(experts, units, C)
+        self.fc = nn.Parameter(torch.empty(experts, C, units))
+        self.proj = nn.Parameter(torch.empty(experts, units, C))
 
     def forward(self, x, pos, route):
-        """x (B,T,C), pos (B,T) -> (B,T,C), Choice."""
+        """x (B,T,C), pos (B,T) -> (B,T,C); which tokens ran an expert (B,T); the load-balancing loss (), of
+        which a token's share is 1 when all are chosen alike."""
         (B, T, C), E, present = x.shape, self.experts, pos < NO_POSITION
         p = in_full_precision(self.router, x).softmax(-1)                               # (B,T,E + noops)
         best = p.argmax(-1)
@@ -66,6 +48,7 @@ class Experts(nn.Module):
         gate = torch.where(selected, score.gather(1, places), 0).reshape(B, E * k, 1)
         index = places.reshape(B, E * k, 1).expand(-1, -1, C)
         h = x.gather(1, index).view(B, E, k, C).transpose(0, 1).reshape(E, B * k, C)
-        y = self.proj(F.gelu(self.fc(h))).view(E, B, k, C).transpose(0, 1).reshape(B, E * k, C)
+        y = torch.bmm(F.gelu(torch.bmm(h, self.fc)), self.proj)
+        y = y.view(E, B, k, C).transpose(0, 1).reshape(B, E * k, C)
         out = torch.zeros_like(x).scatter_add(1, index, (gate * y).to(x.dtype))
-        return out, Choice(torch.where(runs.view(B, E, T).any(1), best, -1), balance)
+        return out, runs.view(B, E, T).any(1), balance

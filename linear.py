@@ -32,7 +32,6 @@ class Linear(nn.Linear):
 
 
 def in_full_precision(module, x):
-    """module(x) in the precision of its parameters, also under autocast: decisions are made of the
-    result."""
+    """module(x) in the precision of its parameters, also under autocast: decisions are made of it."""
     with torch.autocast(x.device.type, enabled=False):
         return module(x.to(next(module.parameters()).dtype))

@@ -29,9 +29,7 @@ def capacity_in_tokens(capacity, T):
 
 def top_k(weight, logit, live, capacity):
     """Expert choice [MoD 3.3]: the k largest router weights of each row. weight, live (B,T) -> runs (B,T).
-
-    A row with fewer live tokens selects fewer: k is that of its own length. Of equal weights the earlier
-    token goes first."""
+    k is that of the row's live tokens. Of equal weights the earlier token goes first."""
     ranked = weight.masked_fill(~live, -torch.inf).argsort(dim=1, descending=True, stable=True)
     ranked = ranked[:, :capacity_in_tokens(capacity, weight.size(1))]                           # (B,k)
     k_of_row = (capacity * live.sum(1, keepdim=True)).round().clamp(min=1)
@@ -40,8 +38,7 @@ def top_k(weight, logit, live, capacity):
 
 
 def causal(weight, logit, live, capacity):
-    """Each token by its own causal logit > 0, however many those are [MoD 3.5]. logit, live (B,T) ->
-    runs."""
+    """Each token by its own causal logit > 0 [MoD 3.5]. logit, live (B,T) -> runs (B,T)."""
     return (logit > 0) & live
 
 
@@ -49,28 +46,18 @@ ROUTES = {"top_k": top_k, "causal": causal}     # another rule is another line
 
 
 def places_of(mask, k):
-    """mask (B,T) with at most k True in a row -> places (B,k) of those in order of time, then of others; and
-    which of the k are True (B,k)."""
+    """mask (B,T) -> places (B,k) of its True, in order of time, then of others; which are True (B,k)."""
     places = mask.int().argsort(dim=1, descending=True, stable=True)[:, :k]
     return places, mask.gather(1, places)
 
 
-def random_bits(pos, salt):
-    """pos (B,T) -> (B,T) integers in 0..2^32 - 1, a hash of torch's seed, salt, row and position: chance
-    that is the same token by token as in one pass."""
-    row, seed = torch.arange(len(pos), device=pos.device).unsqueeze(1), torch.initial_seed() % 2**20
-    x = (pos * 73_856_093 + row * 19_349_663 + salt * 83_492_791 + seed * 40_503_641) & 0xFFFFFFFF
-    for factor in (0x45D9F3B, 0x45D9F3B, 1):
-        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
-    return x
-
-
 class Routing(NamedTuple):
-    """What one block did with the tokens of one call. A dense block has no weight and no logit."""
+    """What one block did with the tokens of one call."""
     runs: torch.Tensor                  # (B,T) bool: the token ran this block
     weight: torch.Tensor | None = None  # (B,T) r_i, the factor on the block's update
     logit: torch.Tensor | None = None   # (B,T) causal logit: run when > 0
-    choice: tuple | None = None         # experts.Choice, if the block has experts
+    worked: torch.Tensor | None = None  # (B,T) bool: it ran an expert, if the block has any
+    balance: torch.Tensor | None = None     # () their load-balancing loss
 
 
 GATES = {"raw": lambda weight: weight, "sigmoid": torch.sigmoid, "one": torch.ones_like}
@@ -79,44 +66,35 @@ GATES = {"raw": lambda weight: weight, "sigmoid": torch.sigmoid, "one": torch.on
 class Routed(nn.Module):
     """x_i + r_i f(x)_i for the selected tokens, x_i for the others [MoD eq. 1].
 
-    block: `block.residual` is f, its update without the skip connection. It is given the selected tokens
-    alone, with the positions they had: they are the only queries and the only keys. capacity: share of a
-    sequence that top-k selects. gate: a key of GATES, what multiplies the update. predictor_units: of the
+    f is `block.residual`, given the selected tokens alone, with the positions they had: they are the only
+    queries and the only keys. capacity: share of a sequence that top-k selects. predictor_units: of the
     auxiliary predictor, a small MLP behind a stop-gradient; 0: the router's own output is the causal logit.
-    salt: None, or for the random control a number that differs between blocks."""
+    random: the control, whose weights are noise and whose causal logit lets `capacity` of all tokens run."""
 
-    def __init__(self, block, C, capacity, gate="raw", predictor_units=64, salt=None):
+    def __init__(self, block, C, capacity, gate="raw", predictor_units=64, random=False):
         super().__init__()
-        self.block, self.capacity, self.gate, self.salt = block, capacity, GATES[gate], salt
-        self.router = nn.Linear(C, 1, bias=False) if salt is None else None
-        self.predictor = None
-        if salt is None and predictor_units:
+        self.block, self.capacity, self.gate, self.random = block, capacity, GATES[gate], random
+        self.router = self.predictor = None
+        if not random:
+            self.router = nn.Linear(C, 1, bias=False)
+        if not random and predictor_units:
             self.predictor = nn.Sequential(Linear(C, predictor_units), nn.SiLU(),
                                            nn.Linear(predictor_units, 1))
 
-    def score(self, x, pos):
-        """x (B,T,C), pos (B,T) -> router weight, causal logit, both (B,T). All that a skipped token
-        costs."""
-        if self.salt is not None:
-            return self.chance(pos)
+    def score(self, x):
+        """x (B,T,C) -> router weight, causal logit, both (B,T). All that a skipped token costs."""
+        if self.random:
+            weight = torch.randn(x.shape[:2], device=x.device)
+            return weight, weight - torch.special.ndtri(torch.tensor(1 - self.capacity, device=x.device))
         weight = in_full_precision(self.router, x).squeeze(-1)
         if self.predictor is None:
             return weight, weight
         return weight, in_full_precision(self.predictor, x.detach()).squeeze(-1)
 
-    def chance(self, pos):
-        """Weight and logit of the random control: noise, drawn anew while training as dropout is."""
-        if self.training:
-            weight = torch.randn(pos.shape, device=pos.device)
-        else:       # the normal quantile of uniform bits
-            weight = torch.special.ndtri(((random_bits(pos, self.salt) >> 9) + 0.5) / 2**23)
-        return weight, weight - torch.special.ndtri(torch.tensor(1 - self.capacity, device=pos.device))
-
     def forward(self, x, pos, live=None, cache=None, memory=None, route=top_k):
-        """x (B,T,C), pos, live (B,T), None: all that are present -> (x, Routing). A skipped token leaves
-        nothing in the cache."""
+        """x (B,T,C), pos, live (B,T), None: all that are present -> (x, Routing)."""
         live = pos < NO_POSITION if live is None else live
-        weight, logit = self.score(x, pos)
+        weight, logit = self.score(x)
         runs = route(weight, logit, live, self.capacity)
         if route is top_k:
             k = capacity_in_tokens(self.capacity, x.size(1))    # known in advance: shapes are static
@@ -127,17 +105,16 @@ class Routed(nn.Module):
         places, selected = places_of(runs, k)
         index = places.unsqueeze(-1).expand(-1, -1, x.size(-1))                             # (B,k,C)
         positions = torch.where(selected, pos.gather(1, places), NO_POSITION)
-        update, choice = self.block.residual(x.gather(1, index), positions, cache, memory, route)
+        update, worked, balance = self.block.residual(x.gather(1, index), positions, cache, memory, route)
         factor = torch.where(selected, self.gate(weight.gather(1, places)), 0)
         x = x.scatter_add(1, index, (factor.unsqueeze(-1) * update).to(x.dtype))
-        if choice is not None:          # of the selected tokens; now of all
-            choice = choice._replace(expert=torch.full_like(pos, -1).scatter(1, places, choice.expert))
-        return x, Routing(runs, weight, logit, choice)
+        if worked is not None:          # of the selected tokens; now of all
+            worked = torch.zeros_like(runs).scatter(1, places, worked)
+        return x, Routing(runs, weight, logit, worked, balance)
 
 
 def predictor_loss(routing, mask=None):
-    """Sum over the tokens of mask (B,T), None: all, of the binary cross-entropy of the causal logit against
-    the routing rule's choice [MoD 3.5]."""
+    """Binary cross-entropy of the causal logit against the rule's choice, summed over mask [MoD 3.5]."""
     target = routing.runs.to(routing.logit.dtype)
     return F.binary_cross_entropy_with_logits(routing.logit, target, mask, reduction="sum")
 
