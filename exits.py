@@ -12,14 +12,12 @@
 A halting rule is a function of tensors: rule(state) -> exits (B,T) bool, "this token exits after block
 state.n". Classifiers read the stream and change nothing in it. This file knows no model.
 """
-import inspect
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.common import UserError
 from linear import in_full_precision, linear
-from routing import random_bits
 
 CHUNK = 2**22  # logits alive at a time while training, 16 MB in fp32
 
@@ -42,38 +40,19 @@ class Classifiers(nn.Module):
         """Logits (...,V) of the classifier after block n, for h (...,C)."""
         return linear(self.norms[str(n)](h), self.weight(n))
 
-    def at(self, exit_at, exits, states):
-        """Every token by the classifier of its exit: exit_at (B,T), the numbers in it, states h^1.. (B,T,C)
-        -> logits (B,T,V). Tied classifiers are one product."""
-        normed = torch.zeros_like(states[0])
-        for n in exits:
-            normed = torch.where((exit_at == n).unsqueeze(-1), self.norms[str(n)](states[n - 1]), normed)
-        if self.tied or len(exits) == 1:
-            return linear(normed, self.weight(exits[0]))
-        logits = normed.new_zeros(*exit_at.shape, len(self.weight(exits[0])))
-        for n in exits:
-            logits[exit_at == n] = linear(normed[exit_at == n], self.weight(n))
-        return logits
 
-
-WEIGHTS = {"1": lambda n: 1.0, "n": lambda n: n, "sqrt(n)": lambda n: n**0.5,
-           "1/sqrt(n)": lambda n: n**-0.5, "1/n": lambda n: 1 / n}
+WEIGHTS = {"1": 0, "n": 1, "sqrt(n)": 0.5, "1/sqrt(n)": -0.5, "1/n": -1}     # w_n as powers of n
 
 
 def exit_weights(kind, blocks):
-    """w_n / sum_m w_m for each exit n in `blocks` [DAT 2.2]; `kind` is a key of WEIGHTS."""
-    weights = [WEIGHTS[kind](n) for n in blocks]
-    return [w / sum(weights) for w in weights]
+    """{n: w_n / sum_m w_m} for the exits n in `blocks` [DAT 2.2]; `kind` is a key of WEIGHTS."""
+    weights = {n: n ** WEIGHTS[kind] for n in blocks}
+    return {n: w / sum(weights.values()) for n, w in weights.items()}
 
 
 def to_float32(logits):
     """In fp32, or as they are in fp64."""
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def max_probability(logits):
-    """Probability of the most likely token: logits (...,V) -> (...)."""
-    return to_float32(logits).softmax(-1).amax(-1)
 
 
 def token_losses(logits, targets, label_smoothing=0.0):
@@ -83,13 +62,13 @@ def token_losses(logits, targets, label_smoothing=0.0):
     return loss.view(targets.shape)
 
 
-def loss_and_gradient(classifiers, n, h, targets, scale, label_smoothing=0.0):
-    """One exit's part of a loss, backward included, so that the logits of one exit at a time are alive.
+def exit_loss(classifiers, n, h, targets, scale, label_smoothing=0.0):
+    """Loss of the classifier after block n: h (...,C), targets (...), -1 at padding -> losses (...) in nats
+    without label smoothing, is the most likely token the target (...), loss ().
 
-    h (...,C), targets (...), -1 at padding -> losses (...) in nats without label smoothing, is the most
-    likely token the target (...), gradient (...,C). Adds the gradient of scale * sum of losses to the
-    classifier's parameters and returns its gradient with respect to h: one torch.autograd.backward(hs,
-    gradients) over all exits is then the only backward pass through the blocks."""
+    Only a chunk of logits is alive at a time: it is walked back to h at once, which adds the gradient of
+    scale * sum of losses to the classifier's parameters. `loss` has the gradient of that sum with respect to
+    h (not its value), for the one backward pass through the blocks."""
     size, parts = max(1, CHUNK // len(classifiers.weight(n))), []               # tokens a chunk
     chunks = h.detach().flatten(0, -2).split(size), targets.flatten().split(size)
     for states, wanted in zip(*chunks, strict=True):
@@ -102,7 +81,7 @@ def loss_and_gradient(classifiers, n, h, targets, scale, label_smoothing=0.0):
         plain = token_losses(logits, wanted) if label_smoothing else loss
         parts.append((plain, logits.argmax(-1) == wanted, leaf.grad))
     losses, right, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
-    return losses.view_as(targets), right.view_as(targets), gradient.view_as(h)
+    return losses.view_as(targets), right.view_as(targets), (h * gradient.view_as(h)).sum()
 
 
 def balance_gradient(x, n, N, gamma):
@@ -114,12 +93,11 @@ def balance_gradient(x, n, N, gamma):
 
 
 def oracle(score, mask, exit_cost, sigma=0.0, whole_sequence=False):
-    """The exits that an oracle would choose [DAT 3.1, 3.2]; ties go to the lowest exit.
+    """The exits that an oracle would choose [DAT 3.1, 3.2]: score (B,T,N), log-likelihoods, or 1 where an
+    exit is right; mask (B,T), False where nothing enters a sum -> exit_at (B,T), on ties the lowest.
 
     argmax_n sum_t' exp(-(t - t')^2 / sigma) score_t'^n - exit_cost n; sigma 0: of token t alone;
-    whole_sequence: with the sum over all tokens, one exit for a row. score (B,T,N): log-likelihood, or 1
-    where an exit is right; mask (B,T): padding enters no sum; exit_cost: lambda, in units of the sum ->
-    exit_at (B,T)."""
+    whole_sequence: of all tokens, one exit for a row. exit_cost: lambda, in units of the sum."""
     score = score.masked_fill(~mask.unsqueeze(-1), 0)
     if whole_sequence:
         score = score.sum(1, keepdim=True).expand_as(score)
@@ -146,33 +124,26 @@ class ExitPredictor(nn.Module):
         else:
             self.linear = nn.ModuleList(nn.Linear(C, 1) for _ in range(N - 1))
 
-    def of_memory(self, states, mask):
-        """Encoder output (B,S,Ce), mask (B,S) -> logits (B,1,N); padding is not in the mean."""
-        mask = mask.unsqueeze(-1)
-        mean = states.masked_fill(~mask, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    def of_memory(self, memory):
+        """Encoder output -> exit logits (B,1,N) of the sequence kind; padding is not in the mean."""
+        mask = memory.mask.unsqueeze(-1)
+        mean = memory.states.masked_fill(~mask, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
         return in_full_precision(self.linear, mean)
 
-    def most_likely(self, h, memory):
-        """h^1 (B,T,C), Memory or None -> the most likely exit (B,T), by the token or sequence kind."""
-        if self.kind == "token":
-            logits = in_full_precision(self.linear, h)
-        else:       # once for every source, not for every call
-            logits, = memory.once(self, lambda states, mask: [self.of_memory(states, mask)])
-        return (logits.argmax(-1) + 1).expand(h.shape[:2])
+    def multinomial(self, h, memory):
+        """h^1 (B,T,C), Memory or None -> exit logits, (B,T,N) of the token kind, (B,1,N) of sequence."""
+        return memory.exit_logits if self.kind == "sequence" else in_full_precision(self.linear, h)
 
     def exit_logit(self, n, h):
         """h^n (...,C) -> the logit (...) of exiting after block n < N."""
         return in_full_precision(self.linear[n - 1], h).squeeze(-1)
 
     def loss(self, states, memory, exit_at, mask):
-        """H(q*, q) [DAT 3]: h^1..h^N (B,T,C), Memory or None, the oracle's exit_at (B,T), mask (B,T) -> sum
-        over tokens; over rows for the sequence kind."""
-        if self.kind == "sequence":
-            logits = self.of_memory(memory.states, memory.mask)
-            return F.cross_entropy(logits.squeeze(1), exit_at[:, 0] - 1, reduction="sum")
-        if self.kind == "token":
-            logits = in_full_precision(self.linear, states[0])
-            return F.cross_entropy(logits[mask], exit_at[mask] - 1, reduction="sum")
+        """H(q*, q) [DAT 3] of h^1..h^N (B,T,C) and the oracle's exit_at (B,T), summed over mask (B,T)."""
+        if self.kind in ("sequence", "token"):
+            logits = self.multinomial(states[0], memory)
+            mask = mask[:, :logits.size(1)]                     # sequence: the first token stands for its row
+            return F.cross_entropy(logits[mask], exit_at[:, :logits.size(1)][mask] - 1, reduction="sum")
         total = 0.0
         for n, h in enumerate(states[:-1], 1):
             logit = self.exit_logit(n, h)
@@ -192,35 +163,48 @@ class ExitState:
     memory     encoder output of a Seq2Seq, or None
     plan       (B,T) exits, for a rule that decides once; None before"""
 
-    def __init__(self, classifiers, predictor, pos, live, memory=None):
-        self.classifiers, self.predictor, self.memory = classifiers, predictor, memory
+    def __init__(self, classifiers, pos, live, memory=None):
+        self.classifiers, self.memory = classifiers, memory
         self.pos, self.live, self.states, self.plan = pos, live, [], None
-        self.computed, self.classified, self.predicted = {}, torch.zeros_like(pos), torch.zeros_like(pos)
+        self.computed, self.asked = {}, {}          # block -> its logits; for which tokens (B,T) they count
+        self.predicted = torch.zeros_like(pos)      # evaluations of the exit predictor
 
     @property
     def n(self):
         return len(self.states)
 
+    @property
+    def classified(self):
+        """(B,T) classifiers evaluated for each token."""
+        return torch.stack([*self.asked.values()]).sum(0)
+
     def logits(self, m=None):
         m = m or self.n
         if m not in self.computed:
-            self.computed[m] = self.classifiers(m, self.states[m - 1]), self.live
-            self.classified = self.classified + self.live
-        return self.computed[m][0]
+            self.computed[m] = self.classifiers(m, self.states[m - 1])
+        self.asked[m] = self.asked.get(m, False) | self.live
+        return self.computed[m]
 
     def emitted(self, exit_at):
-        """Logits (B,T,V) of every token at its exit, in one product if no rule has asked for any."""
+        """Logits (B,T,V) of every token at its exit, by one product if those can still be chosen."""
         exits = [n for n in exit_at.unique().tolist() if n <= self.n]           # not the L of padding
-        if not self.computed:
-            self.classified = self.classified + 1
-            return self.classifiers.at(exit_at, exits, self.states)
-        emitted = None
+        here = {n: exit_at == n for n in exits}
+        if self.classifiers.tied and not self.computed:
+            self.asked, h = here, torch.zeros_like(self.states[0])
+            for n in exits:
+                h = torch.where(here[n].unsqueeze(-1), self.classifiers.norms[str(n)](self.states[n - 1]), h)
+            return linear(h, self.classifiers.weight(exits[0]))
+        emitted = 0
         for n in exits:
-            self.live = exit_at == n
-            logits = self.logits(n)
-            self.classified = self.classified + (self.live & ~self.computed[n][1])
-            emitted = logits if emitted is None else torch.where(self.live.unsqueeze(-1), logits, emitted)
+            self.live = here[n]
+            emitted = torch.where(here[n].unsqueeze(-1), self.logits(n), emitted)
         return emitted
+
+
+def require(condition, message):
+    """UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def full_depth(state):
@@ -228,91 +212,74 @@ def full_depth(state):
     return torch.zeros_like(state.live)
 
 
-def fixed_exit(e):
-    """Every token exits after block e."""
-    return lambda state: torch.full_like(state.live, state.n >= e)
-
-
 def forced_exits(exit_at):
     """Tokens exit where exit_at (B,T) says, by row and position: the choice of an oracle, for example."""
     return lambda state: exit_at.gather(1, state.pos.clamp(max=exit_at.size(1) - 1)) <= state.n
 
 
-def random_exit(N):
-    """Each token exits at a block drawn uniformly from 1..N ("uniform" in the paper's table 1), a function
-    of torch's seed, row and position."""
-    return lambda state: random_bits(state.pos, salt=-1) % N + 1 <= state.n
+def fixed_exit(model, block):
+    """Every token exits after this block."""
+    N = model.config.n_layer
+    require(block in range(1, N + 1), f"an exit is a block from 1 to {N}")
+    return lambda state: torch.full_like(state.live, state.n >= block)
 
 
-def confidence(tau):
-    """Exit after the first block whose most likely token has p > tau_n [DAT 3.2]; tau has N-1 entries."""
-    return lambda state: max_probability(state.logits()) > tau[state.n - 1]
-
-
-def learned(threshold=0.5):
-    """Exit where the model's ExitPredictor says [DAT 3]: at the most likely exit (sequence, token), decided
-    once, or after the first block with chi > threshold (geometric, binary)."""
+def random_exit(model):
+    """Each token exits at a block drawn uniformly from 1..N ("uniform" in the paper's table 1)."""
     def rule(state):
-        decides_once = state.predictor.kind in ("sequence", "token")
-        if state.plan is None or not decides_once:
-            state.predicted = state.predicted + state.live
-        if not decides_once:
-            return state.predictor.exit_logit(state.n, state.states[-1]).sigmoid() > threshold
         if state.plan is None:
-            state.plan = state.predictor.most_likely(state.states[0], state.memory)
+            state.plan = torch.randint_like(state.pos, 1, model.config.n_layer + 1)
         return state.plan <= state.n
     return rule
 
 
-def valid(condition, message):
-    """ValueError with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def _fixed(model, block):
+def confidence(model, *tau):
+    """Exit after the first block whose most likely token has p > tau_n [DAT 3.2]; one tau stands for all."""
     N = model.config.n_layer
-    valid(block in range(1, N + 1), f"an exit is a block from 1 to {N}")
-    return fixed_exit(int(block))
+    require(len(tau) in (1, N - 1) and all(0 <= t <= 1 for t in tau),
+            f"give one threshold or {N - 1}, one for each block but the last, from 0 to 1")
+    tau = tau * (N - 1) if len(tau) == 1 else tau
+    return lambda state: to_float32(state.logits()).softmax(-1).amax(-1) > tau[state.n - 1]
 
 
-def _confidence(model, *tau):
-    N = model.config.n_layer
-    valid(len(tau) in (1, N - 1) and all(0 <= t <= 1 for t in tau),
-          f"give one threshold or {N - 1}, one for each block but the last, from 0 to 1")
-    return confidence(tau * (N - 1) if len(tau) == 1 else tau)
+def learned(model, threshold=0.5):
+    """Exit where the model's ExitPredictor says [DAT 3]: at the most likely exit (sequence, token), decided
+    once, or after the first block with chi > threshold (geometric, binary)."""
+    predictor = model.exit_predictor
+    require(predictor is not None, "this run has no predictor of exits: train one, "
+            "--init_from THIS_RUN --exit_predictor geometric --objective exit_predictor")
+    require(0 <= threshold <= 1, "a threshold is a probability, from 0 to 1")
 
-
-def _learned(model, threshold=0.5):
-    valid(model.exit_predictor is not None, "this run has no predictor of exits: train one, "
-          "--init_from THIS_RUN --exit_predictor geometric --objective exit_predictor")
-    valid(0 <= threshold <= 1, "a threshold is a probability, from 0 to 1")
-    return learned(threshold)
+    def rule(state):
+        if predictor.kind in ("geometric", "binary"):
+            state.predicted = state.predicted + state.live
+            return predictor.exit_logit(state.n, state.states[-1]).sigmoid() > threshold
+        if state.plan is None:
+            state.predicted = state.predicted + state.live
+            logits = predictor.multinomial(state.states[0], state.memory)
+            state.plan = (logits.argmax(-1) + 1).expand_as(state.live)
+        return state.plan <= state.n
+    return rule
 
 
 # name -> function(model, *the numbers after its colon) -> halting rule; another rule is another line
 RULES = {
     "full": lambda model: full_depth,
-    "fixed": _fixed,
-    "random": lambda model: random_exit(model.config.n_layer),
-    "confidence": _confidence,
-    "learned": _learned,
+    "fixed": fixed_exit,
+    "random": random_exit,
+    "confidence": confidence,
+    "learned": learned,
 }
 
 
 def parse_rule(name, model):
-    """"fixed:3", "confidence:0.5,0.6,..." and so on -> the halting rule. ValueError says what is wrong."""
+    """"fixed:3", "confidence:0.5,0.6,..." and so on -> the halting rule. UserError says what is wrong."""
     kind, _, value = name.partition(":")
     try:
-        valid(kind in RULES, f"rules are {', '.join(RULES)}, with numbers after a colon")
-        valid(kind == "full" or len(model.classifiers.blocks) == model.config.n_layer,
-              "this run has a classifier after its last block only, so no token can exit early: use --rule "
-              "full, or train with --exits all")
-        numbers = [float(number) for number in value.split(",")] if value else []
-        try:
-            inspect.signature(RULES[kind]).bind(model, *numbers)
-        except TypeError:
-            raise ValueError(f"{kind} does not take {len(numbers)} numbers") from None
-        return RULES[kind](model, *numbers)
-    except ValueError as error:
-        raise ValueError(f"--rule {name}: {error}") from None
+        require(kind in RULES, f"rules are {', '.join(RULES)}, with numbers after a colon")
+        require(kind == "full" or len(model.classifiers.blocks) == model.config.n_layer,
+                "this run has a classifier after its last block only, so no token can exit early: use --rule "
+                "full, or train with --exits all")
+        return RULES[kind](model, *map(float, value.split(",") if value else []))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--rule {name}: {error}") from None

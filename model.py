@@ -11,12 +11,13 @@ Three rules keep one forward pass good for training, prompts and decoding:
 """
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.common import UserError
 from exits import Classifiers, ExitPredictor
 from experts import Experts
 from linear import Linear
@@ -25,8 +26,7 @@ from routing import NO_POSITION, Routed, Routing, top_k
 
 @dataclass
 class GPTConfig:
-    """The shape of the network: with the vocabulary's size, all that a checkpoint needs to be built
-    again."""
+    """The shape of the network: with the size of the vocabulary, all that it takes to build it."""
     n_layer: int = 6                                    # L, blocks
     n_head: int = 4                                     # nh
     n_embd: int = 128                                   # C
@@ -48,24 +48,23 @@ class GPTConfig:
 
     @property
     def mlp_units(self):
-        """Hidden units of a block's MLP."""
         return self.d_ff or 4 * self.n_embd
 
     @property
-    def predictor_units(self):
-        """Hidden units of the predictor beside each router, 0 for none."""
-        if self.router == "random" or self.causal_logit == "router":
-            return 0
-        return max(1, int(self.predictor_width * self.n_embd))
+    def predictor_units(self):      # 0: no router has a predictor beside it
+        learned = self.router == "learned" and self.causal_logit == "predictor"
+        return max(1, int(self.predictor_width * self.n_embd)) if learned else 0
 
     def routed_blocks(self):
-        """`routed` as a set of block numbers from 0. Raises ValueError if it cannot be read."""
-        named = {"none": [], "odd": range(1, self.n_layer, 2), "even": range(0, self.n_layer, 2),
-                 "all": range(self.n_layer)}
-        blocks = named[self.routed] if self.routed in named else [int(n) for n in self.routed.split(",")]
-        if not all(0 <= n < self.n_layer for n in blocks):
-            raise ValueError(f"routed={self.routed} names a block that is not in 0..{self.n_layer - 1}")
-        return set(blocks)
+        """`routed` as a set of block numbers from 0. UserError if it cannot be read."""
+        L = self.n_layer
+        named = {"none": set(), "odd": set(range(1, L, 2)), "even": set(range(0, L, 2)), "all": set(range(L))}
+        named |= {str(n): {n} for n in range(L)}
+        try:
+            return set().union(*(named[word] for word in self.routed.split(",")))
+        except KeyError:
+            raise UserError(f"--routed {self.routed}: use none, odd, even, all or numbers from 0 to {L - 1}, "
+                            "such as 1,3") from None
 
 
 @dataclass
@@ -106,10 +105,8 @@ class Attention(nn.Module):
         self.register_buffer("rope", rotary_table(block_size, C // nh), persistent=False)
 
     def forward(self, x, pos, T, cache=None, mask=None):
-        """x (B,M,C) at pos (B,M) -> (B,T,C) for the last T of them, the only queries.
-
-        A token sees itself and earlier positions: of this call, which is in order of time, and of the cache.
-        With mask (B,1,1,M), as in an encoder, every token sees those where it is True."""
+        """x (B,M,C) at pos (B,M) -> (B,T,C) for the last T of them, the only queries. A token sees itself and
+        earlier positions, those in the cache too; in an encoder those where mask (B,1,1,M) is True."""
         qk, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
         q, k = rotate(qk, self.rope[pos.clamp(max=len(self.rope) - 1)].unsqueeze(1))    # (B,nh,M,hs)
         q, v = q[:, :, q.size(2) - T:], v[0]
@@ -126,46 +123,34 @@ def attend(q, k, v, mask, dropout):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens of this call to the encoder output, which has its own
-    positions."""
+    """Multi-head attention from the tokens of this call to the encoder output."""
 
     def __init__(self, C, nh, Ce, dropout):
         super().__init__()
         self.n_head, self.dropout = nh, dropout
         self.query, self.key_value, self.proj = Linear(C, C), Linear(Ce, 2 * C), Linear(C, C)
 
-    def keys_values(self, states, mask):
-        """states (B,S,Ce) -> k, v (B,nh,S,hs)."""
-        return self.key_value(states).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind()
-
-    def forward(self, x, memory):
-        """x (B,T,C), Memory of B rows -> (B,T,C)."""
-        q, (k, v) = self.query(x).unflatten(-1, (self.n_head, -1)), memory.once(self, self.keys_values)
+    def forward(self, x, memory, cache=None):
+        """x (B,T,C), Memory of B rows -> (B,T,C). A cache keeps the keys and values of the encoder output."""
+        kv = cache and cache.memory_kv
+        if kv is None:
+            kv = self.key_value(memory.states).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            cache.memory_kv = kv
+        q = self.query(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         mask = memory.mask[:, None, None]
-        return self.proj(attend(q.transpose(1, 2), k, v, mask, self.dropout if self.training else 0.0))
+        return self.proj(attend(q, *kv, mask, self.dropout if self.training else 0.0))
 
 
-class Memory:
-    """Encoder output: states (B,S,Ce), mask (B,S) bool, False at padding; and what modules make of it
-    once."""
-
-    def __init__(self, states, mask):
-        self.states, self.mask, self.made = states, mask, {}
-
-    def once(self, module, make):
-        """Tensors (B,...) that `make(states, mask)` returns, in decoding made at the module's first visit
-        alone."""
-        if torch.is_grad_enabled():
-            return make(self.states, self.mask)
-        if module not in self.made:
-            self.made[module] = make(self.states, self.mask)
-        return self.made[module]
+class Memory(NamedTuple):
+    """Encoder output."""
+    states: torch.Tensor            # (B,S,Ce)
+    mask: torch.Tensor              # (B,S) bool, False at padding
+    exit_logits: torch.Tensor | None = None     # (B,1,N) of an exit predictor that reads the source
 
     def reorder(self, rows):
         """The Memory of these rows, in any order, also twice."""
-        chosen = Memory(self.states[rows], self.mask[rows])
-        chosen.made = {module: [t[rows] for t in tensors] for module, tensors in self.made.items()}
-        return chosen
+        return Memory(*(x if x is None else x[rows] for x in self))
 
 
 class MLP(nn.Module):
@@ -190,47 +175,43 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def residual(self, x, pos, cache=None, memory=None, route=top_k, mask=None):
-        """What this block adds to the stream x (B,T,C) at pos (B,T), and the Choice if its MLP is Experts.
-
-        With a cache, tokens that exited below may have no keys and values here yet: they are made now, of
-        their copied states [DAT 2]. Without a cache no key or value is pending.
-        """
+        """What this block adds to the stream x (B,T,C) at pos (B,T); worked and balance, if it has Experts.
+        Tokens that exited below in earlier calls get keys and values here, of their copied states [DAT 2]."""
         h, h_pos = (x, pos) if cache is None else cache.with_pending(x, pos)
         a = self.drop(self.attn(self.ln1(h), h_pos, x.size(1), cache, mask))
         if self.cross is not None:
-            a = a + self.drop(self.cross(self.ln_cross(x + a), memory))
-        h, choice = self.ln2(x + a), None
+            a = a + self.drop(self.cross(self.ln_cross(x + a), memory, cache))
+        h, worked, balance = self.ln2(x + a), None, None
         if isinstance(self.mlp, Experts):
-            m, choice = self.mlp(h, pos, route)
+            m, worked, balance = self.mlp(h, pos, route)
         else:
             m = self.mlp(h)
-        return a + self.drop(m), choice
+        return a + self.drop(m), worked, balance
 
     def forward(self, x, pos, live=None, cache=None, memory=None, route=top_k):
         """x (B,T,C), pos (B,T), live (B,T) bool or None (all) -> (x, Routing). A token that is not live
         (it has exited, or is padding) keeps its state."""
-        update, choice = self.residual(x, pos, cache, memory, route)
+        update, worked, balance = self.residual(x, pos, cache, memory, route)
         if live is not None:
             update = torch.where(live.unsqueeze(-1), update, 0)
         runs = pos < NO_POSITION if live is None else live
-        return x + update, Routing(runs, choice=choice)
+        return x + update, Routing(runs, None, None, worked, balance)
 
 
 def initialise(model, C):
-    """Normal weights, zero biases. GPT-2's 0.02 is for a width of 768, and narrower needs more; the matrices
+    """Normal weights, zero biases: GPT-2's 0.02 is for a width of 768, narrower networks need more. Matrices
     that add to the stream get less, by the root of their number."""
-    additions = sum(name.endswith("proj.weight") for name, _ in model.named_parameters())
     std = 0.02 * math.sqrt(768 / C)
+    additions = [name for name, _ in model.named_parameters() if name.endswith(("proj.weight", "proj"))]
     for name, p in model.named_parameters():
         if p.dim() > 1:
-            nn.init.normal_(p, std=std / math.sqrt(additions) if name.endswith("proj.weight") else std)
+            nn.init.normal_(p, std=std / math.sqrt(len(additions)) if name in additions else std)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
 
 
 class GPT(nn.Module):
-    """Embedding, L blocks, and classifiers that read the stream after some of them. Ce: channels of the
-    encoder output that every block attends to, None for a plain GPT."""
+    """Embedding, L blocks, classifiers after some of them. Ce: channels of an encoder's output, or None."""
 
     def __init__(self, config, vocab_size, Ce=None):
         super().__init__()
@@ -244,7 +225,7 @@ class GPT(nn.Module):
                 block.mlp = Experts(C, config.mlp_units, config.experts, config.noops, config.expert_capacity)
         for n in config.routed_blocks():
             blocks[n] = Routed(blocks[n], C, config.capacity, config.gate, config.predictor_units,
-                               n if config.router == "random" else None)
+                               config.router == "random")
         self.blocks = nn.ModuleList(blocks)
         self.classifiers = Classifiers(range(1, L + 1) if config.exits == "all" else [L], C, vocab_size,
                                        self.wte.weight if config.classifier == "tied" else None)
@@ -266,8 +247,8 @@ class GPT(nn.Module):
             yield x, routing
 
     def memory_of(self, batch):
-        """What the blocks attend to besides the tokens of a batch (data/batches.py): nothing."""
-        return None
+        """The Memory of a batch (data/batches.py) of sentence pairs, None of a text."""
+        return self.encode(*batch.source) if batch.source else None
 
     def run_batch(self, batch, route=top_k, memory=None):
         """A batch -> yields (h^n, Routing) as `run_layers`."""
@@ -275,7 +256,7 @@ class GPT(nn.Module):
         return self.run_layers(self.embed(batch.ids), batch.pos, batch.live, memory, route)
 
     def forward(self, ids, route=top_k, memory=None):
-        """ids (B,T) -> logits (B,T,V) after the last block."""
+        """ids (B,T) without padding, Memory of a Seq2Seq -> logits (B,T,V) after the last block."""
         *_, (h, _) = self.run_layers(self.embed(ids), position_ids(ids), None, memory, route)
         return self.classifiers(self.config.n_layer, h)
 
@@ -307,17 +288,11 @@ class Seq2Seq(GPT):
 
     def __init__(self, config, vocab_size):
         super().__init__(config, vocab_size, config.enc_embd)
-        if config.embeddings == "tied" and config.enc_embd != config.n_embd:
-            raise ValueError(f"one embedding cannot have {config.enc_embd} and {config.n_embd} channels")
         self.encoder = Encoder(config, vocab_size, self.wte if config.embeddings == "tied" else None)
 
     def encode(self, ids, pos=None):
         """ids, pos (B,S), NO_POSITION at padding; None: no padding -> Memory."""
-        return self.encoder(ids, position_ids(ids) if pos is None else pos)
-
-    def memory_of(self, batch):
-        return self.encode(*batch.source)
-
-    def forward(self, source_ids, ids, route=top_k):
-        """source_ids (B,S), ids (B,T), no padding -> logits (B,T,V)."""
-        return super().forward(ids, route, self.encode(source_ids))
+        memory = self.encoder(ids, position_ids(ids) if pos is None else pos)
+        if self.config.exit_predictor == "sequence":
+            memory = memory._replace(exit_logits=self.exit_predictor.of_memory(memory))
+        return memory
