@@ -12,48 +12,22 @@
 
 The paper charges every copy ("paper"). If keys and values of copies are made only when a later token goes
 that deep, some are never made: the same count with those alone is "needed" (not counted: decode.py makes a
-query for each of them too, 2 C^2). Hypotheses of a beam that parted before one of them went that deep each
-make their own.
+query for each of them too, 2 C^2).
 """
-from typing import NamedTuple
-
 import numpy as np
 
 from routing import capacity_in_tokens
 
 
-class Cost(NamedTuple):
-    """FLOPs of reading one text token by token, by part; bytes at batch 1 (parameters and cache)."""
-    blocks: float
-    source: float
-    copies: float
-    classifiers: float
-    router: float
-    predictor: float
-    bytes: float        # moved
-    cache: float        # keys and values kept at the end, as a share of a dense model's at full depth
-
-    @property
-    def flops(self):
-        return sum(self[:6])
-
-
-def block_flops(C, d_ff, t, S=0):
-    """One token through one block that attends to t tokens (itself included) and S source tokens."""
-    return (12 if S else 8) * C * C + 4 * d_ff * C + 4 * (t + S) * C
-
-
 def router_flops(config):
-    """One token's router weight, and its causal logit if a predictor makes it; the random control is
-    free."""
+    """One token's router weight and, if a predictor makes it, causal logit; the random control is free."""
     if config.router == "random":
         return 0
     return 2 * config.n_embd + 2 * (config.n_embd + 1) * config.predictor_units
 
 
 def mlp_flops(config, T):
-    """The MLPs of one block over T tokens of a sequence: experts as full as they may be, and their
-    router."""
+    """The MLPs of one block over T tokens of a sequence: experts as full as they may be, their router."""
     one = 4 * config.mlp_units * config.n_embd
     if not config.experts:
         return T * one
@@ -68,7 +42,7 @@ def forward(config, vocab_size, T):
     C, total, routed = config.n_embd, 0, config.routed_blocks()
     for n in range(config.n_layer):
         k = capacity_in_tokens(config.capacity, T) if n in routed else T
-        total += k * block_flops(C, 0, k) + mlp_flops(config, k)
+        total += k * (8 * C * C + 4 * k * C) + mlp_flops(config, k)
         total += T * router_flops(config) if n in routed else 0
     return total + T * 2 * vocab_size * C * (config.n_layer if config.exits == "all" else 1)
 
@@ -80,53 +54,49 @@ def training(config, vocab_size, T):
     return 3 * forward(config, vocab_size, T) - stopped
 
 
-def attended(visited, dense, parent):
-    """Keys that every step of a tree attends to: visited (R,L), dense (L,) bool, parent (R,) the step
-    before, -1 for a first one -> attended (R,L): tokens in the block's cache, this one included, if all
-    pending ones are made when a token comes that deep; pending (R,L): how many of them this step had to
-    make."""
-    place, held = np.zeros((len(visited) + 1, 1), int), np.zeros((len(visited) + 1, visited.shape[1]), int)
-    for r, p in enumerate(parent):                                          # row -1: before the first step
-        place[r] = place[p] + 1
-        held[r] = np.where(visited[r], np.where(dense, place[r], held[p] + 1), held[p])
-    keys = np.where(visited, held[:-1], 0)
-    return keys, np.where(visited & dense, keys - 1 - held[parent], 0)
+def attended(visited, dense):
+    """Keys that every token of a text attends to: visited (T,L), dense (L,) bool -> attended (T,L): tokens in
+    the block's cache, this one included, if all pending ones are made when a token comes that deep; pending
+    (T,L): how many of them this token had to make."""
+    place = np.arange(1, len(visited) + 1)[:, None]
+    in_dense = np.maximum.accumulate(np.where(visited, place, 0))
+    held = np.where(dense, in_dense, visited.cumsum(0))
+    before = np.pad(held, ((1, 0), (0, 0)))[:-1]
+    return np.where(visited, held, 0), np.where(visited & dense, held - 1 - before, 0)
 
 
 def decoding(config, vocab_size, visited, exit_at, classified=None, predicted=None, worked=None, S=0,
-             copies="paper", itemsize=4, parent=None):
-    """One text as `decode.step` describes it, in order of reading -> Cost.
+             copies="paper", itemsize=4):
+    """One text, read token by token as `decode.step` describes it -> {part: FLOPs, "flops": their sum,
+    "bytes": moved at batch 1, "cache": keys and values kept at the end, as a share of a dense model's}.
 
     visited (T,L) bool, exit_at (T,); classified (T,): classifiers evaluated, None for one a token; predicted
-    (T,): evaluations of the exit predictor, None for none; worked (T,L): blocks whose MLP ran, None for all
-    visited. S: source tokens, 0 for a GPT. parent (T,): the step before each, -1 for the first, where
-    several texts that begin alike were read, as the hypotheses of a beam; None: one text. copies: "paper",
-    "needed" for those that a later token attends to, or "computed": nothing is copied, the token runs the
-    block after all when a later one goes that deep (exited_kv="compute")."""
-    C, L, T, Ce = config.n_embd, config.n_layer, len(visited), config.enc_embd if S else 0
+    (T,): evaluations of the exit predictor; worked (T,L): blocks whose MLP ran, None for all visited; S:
+    source tokens, 0 for a GPT. copies: "paper", "needed" for those that a later token attends to, or
+    "computed": nothing is copied, the token runs the block after all when a later one goes that deep."""
+    C, L, V, Ce = config.n_embd, config.n_layer, vocab_size, config.enc_embd if S else 0
     dense = np.array([n not in config.routed_blocks() for n in range(L)])
-    keys, pending = attended(visited, dense, np.arange(-1, T - 1) if parent is None else np.array(parent))
+    keys, pending = attended(visited, dense)
     runs, seen, made = visited.sum(), keys.sum(), pending.sum()
     if copies == "paper":
         made = (dense & ~visited).sum()
     if copies == "computed":    # the pending ones run too, each attending to all that came before it
         runs, made = runs + made, 0
         seen += (pending * (keys - 1 - pending) + pending * (pending + 1) // 2).sum()
-    arrived = (~dense & (exit_at[:, None] > np.arange(L))).sum()
-    classified = T if classified is None else np.sum(classified)
+    mlps = runs if worked is None else worked.sum() + runs - visited.sum()
+    classified = len(visited) if classified is None else np.sum(classified)
     looks = 0 if predicted is None else np.sum(predicted)
     width = {"sequence": L * Ce / max(1, looks), "token": L * C}.get(config.exit_predictor, C)
-    source_blocks = visited.any(0).sum()
-    mlps = runs if worked is None else worked.sum() + runs - visited.sum()
+    sources, arrived = visited.any(0).sum(), (~dense & (exit_at[:, None] > np.arange(L))).sum()
     choices = config.experts + config.noops if config.experts else 0
-    products = {"blocks": runs * (block_flops(C, 0, 0) + (4 * C * C if S else 0) + 2 * C * choices)
-                + mlps * 4 * config.mlp_units * C,
-                "source": 4 * source_blocks * C * Ce, "copies": 4 * C * C * made,
-                "classifiers": 2 * classified * vocab_size * C, "router": arrived * router_flops(config),
-                "predictor": 2 * looks * width}
-    cache = 2 * C * (seen + runs * S + runs + made + source_blocks * S)
-    moved = itemsize * (sum(products.values()) / 2 + cache)     # every weight once a token that it works for
-    products["blocks"] += 4 * C * (seen + runs * S)
-    products["source"] *= S
-    return Cost(**{name: float(value) for name, value in products.items()}, bytes=float(moved),
-                cache=float((runs + made) / max(1, visited.size)))
+    attention = (12 if S else 8) * C * C + 2 * C * choices
+    weights = {     # FLOPs of products with parameters, each of which is read once a token
+        "blocks": runs * attention + mlps * 4 * config.mlp_units * C,
+        "source": 4 * sources * C * Ce, "copies": 4 * C * C * made, "classifiers": 2 * classified * V * C,
+        "router": arrived * router_flops(config), "predictor": 2 * looks * width}
+    cache = 2 * C * (seen + runs * S + runs + made + sources * S)           # numbers read and written
+    moved = itemsize * (sum(weights.values()) / 2 + cache)
+    flops = weights | {"source": weights["source"] * S}
+    flops["blocks"] += 4 * C * (seen + runs * S)
+    share = (runs + made) / max(1, visited.size)
+    return flops | {"flops": sum(flops.values()), "bytes": moved, "cache": share}

@@ -1,13 +1,10 @@
-"""Decoding: a cache with holes, one step that serves prompts and single tokens, sampling, drafts, beam
-search.
+"""Decoding: a cache with holes, one step for prompts and single tokens, sampling, beam search.
 
-What a token that does not run a block leaves behind is where the two papers differ: an exited token has keys
-and values of its copied state in the dense blocks above [DAT 2], a token that skips a routed block has none
-[MoD 3.5].
+The papers differ in what a token that does not run a block leaves behind: an exited token has keys and values
+of its copied state in the dense blocks above [DAT 2], a token that skips a routed block has none [MoD 3.5].
 
-Synchronisations with the device in one step: one for each block under a halting rule (is any token live?),
-one for each routed block and a second if a token runs it, one for the exits; and one for the logits in
-`generate`.
+Synchronisations with the device in a step: one for each block under a halting rule (is any token live?),
+one for each routed block and a second if a token runs it, one for the exits; `generate`: one for logits.
 """
 import math
 from typing import NamedTuple
@@ -16,34 +13,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.batches import pad_rows, positions_of
+from data.common import UserError
 from exits import ExitState, full_depth, to_float32, token_losses
 from routing import NO_POSITION, ROUTES, causal, confusion
 
 
 class LayerCache:
-    """Keys and values of one block for B texts. Every row fills from the left; slots after a row's last
-    token hold NO_POSITION, which no token sees.
-
-    kv (2,B,nh,size,hs), pos (B,size), used: slots filled in each row. upto: the column of the Cache up to
-    which tokens have keys and values here; dense blocks only, since a token that skips a routed block has
-    none."""
+    """Keys and values of one block for B texts: kv (2,B,nh,size,hs) and pos (B,size), of each row the first
+    `used` slots; the others hold NO_POSITION. memory_kv (2,B,nh,S,hs): of the encoder output. upto: column of
+    the Cache up to which tokens have keys and values here, in a dense block."""
 
     def __init__(self, cache, routed):
         self.cache, self.routed, self.upto = cache, routed, 0
         self.kv, self.pos, self.used = None, cache.pos[:, :0], [0] * len(cache.pos)
+        self.memory_kv = None
 
     def with_pending(self, x, pos):
-        """x (B,T,C), pos (B,T) of this call, preceded in a dense block by the copied states of tokens that
-        exited below it in earlier calls and have no keys and values here yet [DAT 2] -> (B,P+T,C),
-        (B,P+T)."""
+        """x (B,T,C), pos (B,T) of this call -> (B,P+T,C), (B,P+T): before them, in a dense block, the copied
+        states of tokens that exited below it and have no keys and values here yet [DAT 2]."""
         cache, pending = self.cache, slice(self.upto, self.cache.start)
         if self.routed or pending.start >= pending.stop:
             return x, pos
         return torch.cat([cache.states[:, pending], x], 1), torch.cat([cache.pos[:, pending], pos], 1)
 
     def append(self, k, v, pos):
-        """Keys and values (B,nh,T,hs) at pos (B,T) -> those of all tokens so far (B,nh,M,hs), their pos
-        (B,M)."""
+        """k, v (B,nh,T,hs) at pos (B,T) -> those of all tokens so far (B,nh,M,hs), their pos (B,M)."""
         B, T = pos.shape
         self.grow(max(self.used) + T, k)
         if min(self.used) == max(self.used):            # a slice is faster than indices
@@ -75,13 +70,14 @@ class LayerCache:
 
     def reorder(self, rows):
         self.kv = None if self.kv is None else self.kv[:, rows]
+        self.memory_kv = None if self.memory_kv is None else self.memory_kv[:, rows]
         self.pos, self.used = self.pos[rows], [self.used[b] for b in rows]
 
 
 class Cache:
-    """What a model remembers of B texts of at most `size` tokens each, padding included. A call appends a
-    column for each of its tokens, start to end: pos (B,size) and states (B,size,C), the last state of every
-    token. memory: the encoder output of a Seq2Seq, B rows. ValueError if the model is in training mode."""
+    """What a model remembers of B texts of at most `size` tokens, padding included. A call appends columns
+    start to end of pos (B,size) and states (B,size,C), the last state of every token. memory: the encoder
+    output of a Seq2Seq. ValueError if the model is in training mode."""
 
     def __init__(self, model, B, size, memory=None):
         if model.training:
@@ -128,48 +124,44 @@ class StepOutput(NamedTuple):
 def run_block(model, n, x, live, cache, route, exited_kv="copy"):
     """Block n (from 1) on the tokens of the cache's call: x (B,T,C), live (B,T) -> (x, Routing).
 
-    exited_kv="compute": tokens that exited below this block in earlier calls run it first, and those of this
-    call go on after their exit, so that later tokens see their true keys and values."""
-    block, layer, pos = model.blocks[n - 1], cache.layers[n - 1], cache.pos[:, cache.start:cache.end]
+    exited_kv="compute": tokens that exited below it in earlier calls run it too, first in the Routing, and
+    those of this call go on after their exit."""
+    block, layer, first = model.blocks[n - 1], cache.layers[n - 1], cache.start
     if exited_kv == "compute":
-        live = pos < NO_POSITION
-        pending = slice(layer.upto, cache.start)
-        layer.upto = max(layer.upto, cache.start)       # so that the block itself adds no copies
-        if pending.start < pending.stop:
-            late = cache.pos[:, pending]
-            cache.states[:, pending], _ = block(cache.states[:, pending], late, late < NO_POSITION, layer,
-                                                cache.memory, route)
-    x, routing = block(x, pos, live, layer, cache.memory, route)
+        first, layer.upto = min(first, layer.upto), first       # no key or value of a copied state is pending
+        x = torch.cat([cache.states[:, first:cache.start], x], 1)
+        live = cache.pos[:, first:cache.end] < NO_POSITION
+    x, routing = block(x, cache.pos[:, first:cache.end], live, layer, cache.memory, route)
     layer.upto = cache.end
-    return x, routing
+    late = cache.start - first
+    cache.states[:, first:cache.start] = x[:, :late]
+    return x[:, late:], routing
 
 
 @torch.inference_mode()
 def step(model, ids, pos, cache, rule, route=causal, exited_kv="copy"):
-    """Run the tokens ids (B,T) at pos (B,T) of one call -> StepOutput. cache None: a GPT scores a text by
-    itself.
+    """Run the tokens ids (B,T) at pos (B,T) under a halting and a routing rule -> StepOutput. cache None: a
+    GPT scores a text by itself. Calls come in order of position. ValueError if the cache is full.
 
-    All tokens of the call at once, under halting `rule` and routing `route`. That is exact, not an
-    approximation of going token by token: block n reads states after block n - 1 only, and those stay where
-    a token has exited [DAT 2]. A block runs all rows as long as one token is live. Calls come in order of
-    position. ValueError if the cache is full.
-
+    All tokens of the call at once equal token by token: block n reads states after block n - 1 only, and
+    those stay where a token has exited [DAT 2]. A block runs all rows as long as one token is live.
     exited_kv: what later tokens see of an exited one in the blocks above: "copy", keys and values of its
     copied state, as in the paper, or "compute", its true ones (`visited` is what it ran to be emitted)."""
     cache, L = cache or Cache(model, *pos.shape), len(model.blocks)
     cache.append(pos)
     x, pos = model.embed(ids), cache.pos[:, cache.start:cache.end]
     live, exit_at, none = pos < NO_POSITION, torch.full_like(pos, L), torch.zeros_like(pos, dtype=torch.bool)
+    called = slice(-pos.size(1), None)
     visited, worked, weight = [none] * L, [none] * L, [none * torch.nan] * L        # of each block
-    state = ExitState(model.classifiers, model.exit_predictor, pos, live, cache.memory)
+    state = ExitState(model.classifiers, pos, live, cache.memory)
     for n in range(1, L + 1):
         x, routing = run_block(model, n, x, live, cache, route, exited_kv)
         state.states.append(x)
-        visited[n - 1] = worked[n - 1] = live & routing.runs
-        if routing.choice is not None:
-            worked[n - 1] = visited[n - 1] & (routing.choice.expert >= 0)
+        visited[n - 1] = worked[n - 1] = live & routing.runs[:, called]
+        if routing.worked is not None:
+            worked[n - 1] = visited[n - 1] & routing.worked[:, called]
         if routing.weight is not None:
-            weight[n - 1] = routing.weight.float()
+            weight[n - 1] = routing.weight[:, called].float()
         if n < L and rule is not full_depth:
             exiting = live & rule(state)
             exit_at = exit_at.masked_fill(exiting, n)
@@ -183,9 +175,8 @@ def step(model, ids, pos, cache, rule, route=causal, exited_kv="copy"):
 
 
 def evaluate_loss(model, batches, context, stop=()):
-    """Batches under teacher forcing at full depth -> {routing rule: (nats (N,) of every exit summed over
-    tokens, counts (4,) of `routing.confusion`)} for every rule that makes a difference; None if `stop`
-    became true."""
+    """Batches under teacher forcing at full depth -> {routing rule: (loss (N,) of every exit in nats, summed
+    over tokens; counts (4,) of `routing.confusion`)}; None if `stop` became true."""
     device, result, m = model.wte.weight.device, {}, model.config
     for name in ROUTES if m.routed_blocks() or m.experts else ["top_k"]:
         losses, counts = torch.zeros(len(model.classifiers.blocks), dtype=torch.float64), torch.zeros(4)
@@ -207,10 +198,8 @@ def evaluate_loss(model, batches, context, stop=()):
 
 def pad(rows, device):
     """Lists of token ids of any lengths -> ids, pos (B,T), padded on the right, NO_POSITION at padding."""
-    T = max(len(row) for row in rows)
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
-    pos = torch.tensor([[*range(len(row))] + [NO_POSITION] * (T - len(row)) for row in rows], device=device)
-    return ids, pos
+    lengths = list(map(len, rows))
+    return pad_rows(rows, lengths, 0).to(device), positions_of(lengths).to(device)
 
 
 def next_token_probs(logits, temperature, top_k=None):
@@ -231,42 +220,43 @@ def sample_token(probs, u):
     return torch.searchsorted(below, u.unsqueeze(1).to(below) * below[:, -1:], right=True).squeeze(1)
 
 
+COUNTED = "exit_at", "visited", "classified", "predicted"      # what StepOutput has for every token read
+
+
 class Generated(NamedTuple):
-    """One text of `generate` or `beam_search`. Entry j of exit_at and visited belongs to the step that read
-    ids[j] and wrote ids[j + 1]; the last token has not been read."""
+    """One text. Entry j of the arrays belongs to the step that read ids[j] and wrote ids[j + 1]."""
     ids: list[int]              # prompt and continuation, an end token included
     prompt: int                 # tokens of the prompt
     exit_at: np.ndarray         # (len(ids) - 1,) in 1..L
     visited: np.ndarray         # (len(ids) - 1, L) bool
-    log_prob: float = math.nan  # of a beam: log-probability / length^length_penalty
+    classified: np.ndarray | None = None    # (len(ids) - 1,), as StepOutput; None after drafts
+    predicted: np.ndarray | None = None
+    log_prob: float = math.nan  # of a translation: log-probability / length^length_penalty
 
 
 def check_prompts(model, prompts, max_new_tokens):
-    """The longest prompt's length. ValueError for an empty prompt or one that leaves no room."""
+    """The longest prompt's length. UserError for an empty prompt or one that leaves no room."""
     P = max(map(len, prompts), default=0)
-    if not prompts or min(map(len, prompts)) == 0:
-        raise ValueError("an empty prompt: give at least one token")
+    if not prompts or not all(prompts):
+        raise UserError("an empty prompt: give at least one token")
     if max_new_tokens < 1 or P + max_new_tokens > model.config.block_size:
-        raise ValueError(f"{P} prompt and {max_new_tokens} new tokens (at least 1) exceed the context of "
-                         f"{model.config.block_size}")
+        raise UserError(f"a prompt of {P} tokens leaves no room for {max_new_tokens} new ones (at least 1): "
+                        f"the context is {model.config.block_size}")
     return P
 
 
 def generate(model, prompts, max_new_tokens, rule, route=causal, temperature=1.0, top_k=None, seed=0,
              eos_id=None, memory=None, exited_kv="copy"):
-    """Continue every prompt (a non-empty list of ids) by at most max_new_tokens, all rows at once ->
-    [Generated].
+    """Continue every prompt (a list of ids) by at most max_new_tokens, all rows at once -> [Generated].
 
-    A row stops at token eos_id. Row b draws from default_rng([seed, b]), so its text does not depend on the
-    other rows. memory: of a Seq2Seq, one row for each prompt. ValueError for an empty or over-long
-    prompt."""
+    A row stops at token eos_id. Row b draws from default_rng([seed, b]), whatever the other rows are. memory:
+    of a Seq2Seq, one row for each prompt. UserError for an empty or over-long prompt."""
     device, B, P = model.wte.weight.device, len(prompts), check_prompts(model, prompts, max_new_tokens)
     u = torch.tensor(np.stack([np.random.default_rng([seed, b]).random(max_new_tokens) for b in range(B)]))
     length, active = torch.tensor([len(prompt) for prompt in prompts]), torch.ones(B, dtype=torch.bool)
     cache = Cache(model, B, P + max_new_tokens, memory)
-    output = step(model, *pad(prompts, device), cache, rule, route, exited_kv)
-    logits, written = output.logits[torch.arange(B), length - 1], []
-    exit_at, visited = [output.exit_at], [output.visited]
+    outputs, written = [step(model, *pad(prompts, device), cache, rule, route, exited_kv)], []
+    logits = outputs[0].logits[torch.arange(B), length - 1]
     for i in range(max_new_tokens):
         token = sample_token(next_token_probs(logits, temperature, top_k), u[:, i])
         written.append(torch.where(active, token, -1))
@@ -274,181 +264,60 @@ def generate(model, prompts, max_new_tokens, rule, route=causal, temperature=1.0
         if i + 1 == max_new_tokens or not active.any():
             break
         pos = torch.where(active, length + i, NO_POSITION).unsqueeze(1).to(device)
-        output = step(model, token.unsqueeze(1).to(device), pos, cache, rule, route, exited_kv)
-        logits = output.logits[:, 0]
-        exit_at.append(output.exit_at)
-        visited.append(output.visited)
-    exit_at, visited = (torch.cat(steps, 1).cpu().numpy() for steps in (exit_at, visited))
+        outputs.append(step(model, token.unsqueeze(1).to(device), pos, cache, rule, route, exited_kv))
+        logits = outputs[-1].logits[:, 0]
+    counted = {name: torch.cat([getattr(output, name) for output in outputs], 1).cpu().numpy()
+               for name in COUNTED}
     texts = []
     for b, (prompt, new) in enumerate(zip(prompts, torch.stack(written, 1).tolist(), strict=True)):
         new = [token for token in new if token >= 0]
         columns = [*range(len(prompt)), *range(P, P + len(new) - 1)]    # without the padding of the prompt
-        texts.append(Generated(prompt + new, len(prompt), exit_at[b, columns], visited[b, columns]))
+        of_text = {name: array[b, columns] for name, array in counted.items()}
+        texts.append(Generated(prompt + new, len(prompt), **of_text))
     return texts
-
-
-def accept_or_resample(p, q, drafted, u):
-    """Keep a drafted token with probability min(1, p / q), else draw one from the positive part of p - q:
-    tokens then come as often as p says. p, q (V,), u two numbers uniform in [0,1) -> (kept?, token)."""
-    if u[0] * q[drafted] < p[drafted]:
-        return True, drafted
-    return False, int(sample_token((p - q).clamp(min=0)[None], torch.tensor(u[1:])))
-
-
-def check_drafts(model, draft_layers, draft_tokens):
-    """ValueError if no tokens can be drafted with so many blocks."""
-    early = model.classifiers.blocks[:-1]
-    if draft_layers not in early or draft_tokens < 1:
-        raise ValueError(f"cannot draft {draft_tokens} tokens at exit {draft_layers}: at least one token, "
-                         f"at an early exit of this run: {', '.join(map(str, early)) or 'it has none'}")
-
-
-class Speculation(NamedTuple):
-    """What `speculate` did."""
-    text: Generated
-    drafted: int                # tokens proposed
-    kept: int                   # of those
-
-
-def run_blocks(model, x, blocks, cache, route):
-    """These blocks (from 1) on all tokens of the cache's call, none of which exits: x (1,T,C) -> (1,T,C),
-    visited (1,T,blocks). The states are kept in the cache."""
-    live, visited = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), []
-    for n in blocks:
-        x, routing = run_block(model, n, x, live, cache, route)
-        visited.append(routing.runs)
-    cache.states[:, cache.start:cache.end] = x
-    return x, torch.stack(visited, -1)
-
-
-@torch.inference_mode()
-def speculate(model, prompt, max_new_tokens, draft_layers, draft_tokens, route=causal, temperature=1.0,
-              top_k=None, seed=0, eos_id=None, memory=None):
-    """Continue one prompt as full depth would, in distribution (at temperature 0 token by token), but faster
-    -> Speculation. Draft tokens with the first blocks and their classifier, run the other blocks on all of
-    them at once, and keep those that agree (self-speculative decoding). Every state in the cache is a true
-    one. ValueError for a prompt as in `generate`, or if block draft_layers is not an early exit."""
-    check_drafts(model, draft_layers, draft_tokens)
-    end, L = check_prompts(model, [prompt], max_new_tokens) + max_new_tokens, len(model.blocks)
-    device, rng, cache = model.wte.weight.device, np.random.default_rng(seed), Cache(model, 1, end, memory)
-    ids, visited, verified, drafted, kept = [*prompt], [], 0, 0, 0
-    while len(ids) < end and (len(ids) == len(prompt) or ids[-1] != eos_id):
-        first, q, low = len(ids), [], []
-        drafts = min(draft_tokens, end - first - 1)
-        for i in range(drafts + 1):                                         # the last one is only read
-            unread = torch.tensor([ids[cache.end:]], device=device)
-            cache.append(torch.arange(cache.end, len(ids), device=device).unsqueeze(0))
-            x, ran = run_blocks(model, model.embed(unread), range(1, draft_layers + 1), cache, route)
-            low.append(ran)
-            if i < drafts:
-                q.append(next_token_probs(model.classifiers(draft_layers, x[:, -1]), temperature, top_k))
-                ids.append(int(sample_token(q[-1], torch.from_numpy(rng.random(1)))))
-        cache.start = verified
-        x = cache.states[:, verified:cache.end]
-        x, high = run_blocks(model, x, range(draft_layers + 1, L + 1), cache, route)
-        p = next_token_probs(model.classifiers(L, x[0, first - 1 - verified:]), temperature, top_k)
-        drafted += drafts
-        for i, u in enumerate(rng.random((drafts, 2))):
-            same, token = accept_or_resample(p[i], q[i][0], ids[first + i], u)
-            kept += same
-            if not same or token == eos_id:
-                ids[first + i:] = [token]
-                break
-        else:
-            ids.append(int(sample_token(p[-1:], torch.from_numpy(rng.random(1)))))
-        visited.append(torch.cat([torch.cat(low, 1), high], -1)[0, :len(ids) - 1 - verified])
-        verified = len(ids) - 1                                             # the last token is unread
-        cache.truncate(verified)
-    text = Generated(ids, len(prompt), np.full(verified, L), torch.cat(visited).cpu().numpy())
-    return Speculation(text, drafted, kept)
-
-
-class BeamStep(NamedTuple):
-    """One token that a beam search read, after the step number `parent` (-1: the first). All steps of the
-    search for one prompt are a tree, whose paths are texts."""
-    parent: int
-    token: int
-    log_prob: float             # of the text up to this token
-    exit_at: int                # and what else `step` computed for it
-    visited: list
-    classified: int
-    predicted: int
-
-
-def computed_for(output):
-    """StepOutput -> for every row a list over tokens of (exit_at, visited, classified, predicted)."""
-    parts = output.exit_at, output.visited, output.classified, output.predicted
-    return [list(zip(*row, strict=True)) for row in zip(*(part.tolist() for part in parts), strict=True)]
-
-
-@torch.inference_mode()
-def beam_search(model, prompts, max_new_tokens, rule, beam, route=causal, length_penalty=1.0, eos_id=None,
-                memory=None, exited_kv="copy"):
-    """The `beam` best continuations of every prompt -> for each a list of Generated, best first, and the
-    BeamSteps of all its hypotheses.
-
-    max_new_tokens: a number for each prompt. A step ranks all continuations of a prompt's hypotheses by
-    summed log-probability: of the best `beam`, those that end in eos_id are finished; the best `beam` others
-    go on. A prompt is done when `beam` hypotheses are finished, or at its last token, when the best `beam`
-    count as they are. Finished hypotheses compare by log-probability / length^length_penalty, length being
-    the new tokens, eos_id included. beam=1 is greedy decoding. Every hypothesis has its own exits."""
-    P, V = check_prompts(model, prompts, max(max_new_tokens)), model.vocab_size
-    device = model.wte.weight.device
-    cache = Cache(model, len(prompts), P + max(max_new_tokens), memory)
-    output = step(model, *pad(prompts, device), cache, rule, route, exited_kv)
-    logits = output.logits[range(len(prompts)), [len(prompt) - 1 for prompt in prompts]]
-    steps = [[BeamStep(t - 1, token, 0.0, *row[t]) for t, token in enumerate(prompt)]
-             for prompt, row in zip(prompts, computed_for(output), strict=True)]
-    beams = {b: [len(prompt) - 1] for b, prompt in enumerate(prompts)}      # last steps of prompts not done
-    finished = [[] for _ in prompts]                                        # (log_prob, last step, token)
-    for i in range(max(max_new_tokens)):
-        totals = logits.new_tensor([[steps[b][n].log_prob for n in beams[b]] for b in beams]).unsqueeze(-1)
-        totals = totals + to_float32(logits).log_softmax(-1).view(len(beams), -1, V)     # (prompts,w,V)
-        ranked = [x.tolist() for x in totals.flatten(1).topk(min(2 * beam, totals[0].numel()))]
-        rows, reading = [], []
-        for first, (b, log_probs, places) in zip(range(0, len(logits), totals.size(1)),
-                                                 zip(beams, *ranked, strict=True), strict=True):
-            best, last = list(zip(log_probs, places, strict=True)), i + 1 == max_new_tokens[b]
-            finished[b] += [(log_prob, beams[b][place // V], place % V) for log_prob, place in best[:beam]
-                            if last or place % V == eos_id]
-            if len(finished[b]) < beam and not last:
-                others = [(log_prob, place) for log_prob, place in best if place % V != eos_id][:beam]
-                rows += [first + place // V for _, place in others]
-                reading += [(b, beams[b][place // V], place % V, log_prob) for log_prob, place in others]
-        if not reading:
-            break
-        cache.reorder(rows)
-        ids = torch.tensor([[token] for _, _, token, _ in reading], device=device)
-        pos = torch.tensor([[len(prompts[b]) + i] for b, *_ in reading], device=device)
-        output = step(model, ids, pos, cache, rule, route, exited_kv)
-        logits, beams = output.logits[:, 0], {b: [] for b, *_ in reading}
-        for (b, parent, token, log_prob), [computed] in zip(reading, computed_for(output), strict=True):
-            beams[b].append(len(steps[b]))
-            steps[b].append(BeamStep(parent, token, log_prob, *computed))
-    return [(best_texts(*parts, beam, length_penalty), parts[-1])
-            for parts in zip(prompts, finished, steps, strict=True)]
-
-
-def best_texts(prompt, finished, steps, beam, length_penalty):
-    """Finished hypotheses (log_prob, last step, token) -> the best `beam` Generated, best first."""
-    texts = []
-    for log_prob, number, token in finished:
-        path = []
-        while number >= 0:
-            path.insert(0, steps[number])
-            number = path[0].parent
-        ids, length = [*(taken.token for taken in path), token], len(path) + 1 - len(prompt)
-        exit_at, visited = (np.array(column) for column in list(zip(*path, strict=True))[3:5])
-        texts.append(Generated(ids, len(prompt), exit_at, visited, log_prob / length**length_penalty))
-    return sorted(texts, key=lambda text: -text.log_prob)[:beam]
 
 
 @torch.inference_mode()
 def translate(model, sources, eos_id, rule, beam=5, length_penalty=1.0, route=causal, exited_kv="copy"):
-    """Lists of source ids, eos_id the last of each -> for each the best Generated, which begins with eos_id
-    and has at most 2 S + 10 tokens for S of the source, and the BeamSteps of its search."""
-    memory = model.encode(*pad(sources, model.wte.weight.device))
+    """Beam search: lists of source ids, eos_id the last of each -> for each the best Generated, which begins
+    with eos_id and has at most 2 S + 10 new tokens for S of the source.
+
+    A step ranks all continuations of a source's hypotheses by summed log-probability: of the best `beam`,
+    those that end in eos_id are finished; the best `beam` others go on. A source is done when `beam`
+    hypotheses are finished, or at its last token, when the best `beam` count as they are. Finished ones
+    compare by log-probability / length^length_penalty, length being the new tokens, eos_id included."""
+    device, V = model.wte.weight.device, model.vocab_size
     longest = [min(2 * len(source) + 10, model.config.block_size - 1) for source in sources]
-    results = beam_search(model, [[eos_id]] * len(sources), longest, rule, beam, route, length_penalty,
-                          eos_id, memory, exited_kv)
-    return [(texts[0], steps) for texts, steps in results]
+    cache = Cache(model, len(sources), max(longest), model.encode(*pad(sources, device)))
+    ids, log_prob = torch.full((len(sources), 1), eos_id, device=device), 0.0       # of every hypothesis
+    history = {name: [] for name in COUNTED}
+    todo, finished = list(range(len(sources))), [[] for _ in sources]
+    for length in range(1, max(longest) + 1):
+        pos = torch.full((len(ids), 1), length - 1, device=device)
+        output = step(model, ids[:, -1:], pos, cache, rule, route, exited_kv)
+        history = {name: torch.cat([*past, getattr(output, name)], 1) for name, past in history.items()}
+        scores = log_prob + to_float32(output.logits[:, 0]).log_softmax(-1)         # (hypotheses,V)
+        scores = scores.view(len(todo), -1)
+        best, places = scores.topk(min(2 * beam, scores.size(1)))
+        rows = places // V + torch.arange(len(todo), device=device).unsqueeze(1) * (len(ids) // len(todo))
+        going = []              # (source, row, token, log-probability) of the next step's hypotheses
+        for b, *ranked in zip(todo, rows.tolist(), (places % V).tolist(), best.tolist(), strict=True):
+            others = []
+            for rank, (row, token, value) in enumerate(zip(*ranked, strict=True)):
+                if token != eos_id:
+                    others.append((b, row, token, value))
+                if rank < beam and (token == eos_id or length == longest[b]):
+                    counted = {name: past[row].cpu().numpy() for name, past in history.items()}
+                    finished[b].append(Generated([*ids[row].tolist(), token], 1, **counted,
+                                                 log_prob=value / length**length_penalty))
+            if len(finished[b]) < beam and length < longest[b]:
+                going += others[:beam]
+        if not going:
+            break
+        sources_of, rows, tokens, values = map(list, zip(*going, strict=True))
+        todo = list(dict.fromkeys(sources_of))
+        cache.reorder(rows)
+        ids = torch.cat([ids[rows], torch.tensor(tokens, device=device).unsqueeze(1)], 1)
+        log_prob = scores.new_tensor(values).unsqueeze(1)
+        history = {name: [past[rows]] for name, past in history.items()}
+    return [max(texts, key=lambda text: text.log_prob) for texts in finished]
