@@ -1,5 +1,4 @@
-"""The options of every script: names, ranges, what excludes what; command line and presets through one
-checker."""
+"""Options: names, ranges, what excludes what; command line and presets go through one checker."""
 import dataclasses
 import sys
 import tomllib
@@ -9,12 +8,13 @@ from typing import Literal
 
 import tyro
 
-import exits
 from data.common import UserError
+from exits import WEIGHTS
 from model import Seq2SeqConfig
 from routing import ROUTES
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @dataclass
@@ -33,16 +33,14 @@ class Options:
     batch_tokens: int = 2048            # translation: tokens a step, of the longer side, with padding
     grad_accum_steps: int = 1           # pieces that a step's batch is cut into, to save memory
     lr: float = 2e-3                    # peak learning rate
+    warmup: int = 50                    # steps of linear warm-up, before a cosine over the rest
     lr_end: float = 0.1                 # last learning rate as a share of the peak
-    warmup: int = 50                    # steps of linear warm-up
-    schedule: Literal["cosine", "inverse_sqrt"] = "cosine"  # then down to lr_end, or lr sqrt(warmup / step)
     weight_decay: float = 0.1           # on matrices only
     beta2: float = 0.95                 # of AdamW; beta1 is 0.9
     grad_clip: float = 1.0              # gradient norm is clipped to this
     label_smoothing: float = 0.0        # share of every label that is spread over the vocabulary
-    average: int = 1                    # the final weights are the mean of this many last checkpoints
     objective: Literal["aligned", "mixed", "exit_predictor"] = "aligned"    # the last: the predictor alone
-    exit_weights: Literal[tuple(exits.WEIGHTS)] = "1"   # w_n of the aligned loss over exits
+    exit_weights: Literal[tuple(WEIGHTS)] = "1"     # w_n of the aligned loss over exits
     gradient_scale: float = 0.0         # gamma, balances each block's loss against those above; 0: off
     paths: int = 1                      # mixed: exit sequences drawn a step (M)
     oracle: Literal["correctness", "likelihood"] = "correctness"    # which exits the predictor should learn
@@ -56,9 +54,8 @@ class Options:
     eval_every: int = 200               # steps between evaluations
     eval_windows: int = 32              # fixed validation windows, or batches of sentence pairs
     save_every: int = 200               # steps between checkpoints
-    log_every: int = 10
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on a GPU that has it
     compile: bool = False               # torch.compile every block
 
@@ -69,28 +66,27 @@ class RunOptions:
     run: str = "last"           # its folder or number, or "last"
     out: str = "runs"           # where numbered runs are
     rule: str = "auto"          # full, fixed:3, random, confidence:0.5 or :0.5,0.6,..., learned, learned:0.4
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
 
 
-# with --resume; data: where it is now
-MAY_CHANGE = {"data", "device", "compile", "stop_at", "out", "resume"}
+MAY_CHANGE = {"data", "device", "compile", "stop_at", "out", "resume"}  # with --resume; data: where it is now
 
 RANGES = {  # smallest and largest value -> options; nan is in no range
-    (1, 2**31): "steps batch_size batch_tokens grad_accum_steps eval_every eval_windows save_every log_every",
+    (1, 2**31): "steps batch_size batch_tokens grad_accum_steps eval_every eval_windows save_every",
     (1, 2**16): "n_layer n_head n_embd enc_layer enc_head enc_embd",
     (0, 1e6): "weight_decay predictor_loss balance_loss alpha exit_cost sigma gradient_scale",
+    (0, 2**31): "seed stop_at warmup d_ff experts noops", (1, 1e3): "paths", (2, 2**20): "block_size",
     (1e-12, 1e6): "lr grad_clip", (0, 1 - 1e-9): "beta2 dropout label_smoothing", (0, 1): "lr_end",
-    (0, 2**31): "seed stop_at warmup", (0, 1024): "experts noops", (0, 2**18): "d_ff",
-    (2, 2**20): "block_size",
-    (1e-9, 1): "capacity", (1e-9, 1e3): "expert_capacity", (1e-12, 16): "predictor_width",
-    (1, 100): "average", (1, 1000): "paths"}
+    (1e-9, 1): "capacity", (1e-9, 1e3): "expert_capacity", (1e-12, 16): "predictor_width"}
 
 
-def unused_options(o):
-    """Options that would do nothing, by name -> why."""
-    m = o.model
-    cases = (
-        (not m.routed_blocks(), "no block is routed (--routed none)",
+def exclusions(o):
+    """What excludes what: [(does it apply?, why, the options that would then do nothing)]; where no options
+    are named, the combination itself is impossible."""
+    m, mixed, alone = o.model, o.objective == "mixed", o.objective == "exit_predictor"
+    routed, predicts = m.routed_blocks(), m.exit_predictor != "none"
+    return (
+        (not routed, "no block is routed (--routed none)",
          "capacity router gate causal_logit predictor_width predictor_loss route"),
         (m.router == "random", "nothing learns to route (--router random)",
          "causal_logit predictor_width predictor_loss route"),
@@ -101,48 +97,32 @@ def unused_options(o):
         (o.translate, "batches of sentence pairs have --batch_tokens", "batch_size"),
         (not o.translate, "a GPT has no source (--translate makes a translator)",
          "enc_layer enc_head enc_embd embeddings batch_tokens"),
-        (m.exit_predictor == "none", "nothing learns where to exit (--exit_predictor none)",
-         "oracle exit_cost sigma alpha"),
+        (not predicts, "nothing learns where to exit (no --exit_predictor)", "oracle exit_cost sigma alpha"),
         (m.exit_predictor == "sequence", "there is one exit for a whole sentence", "sigma"),
-        (o.objective != "mixed", "exits are drawn by --objective mixed", "paths"),
-        (o.objective != "aligned", f"it belongs to --objective aligned, not {o.objective}",
+        (not mixed, "exits are drawn by --objective mixed", "paths"),
+        (mixed or alone, f"it belongs to --objective aligned, not {o.objective}",
          "exit_weights gradient_scale predictor_loss balance_loss"),
-        (o.objective == "mixed", "--objective mixed trains no routed blocks", "route"),
-        (o.objective == "exit_predictor", "the oracle's exits are not smoothed", "label_smoothing"),
-        (o.schedule == "inverse_sqrt", "the inverse square root has no end", "lr_end"))
-    return {name: why for applies, why, names in cases if applies for name in names.split()}
-
-
-def impossible_combinations(o):
-    """-> [(does it apply?, the message)] of methods and sizes that exclude each other."""
-    m, mixed, predictor = o.model, o.objective == "mixed", o.objective == "exit_predictor"
-    return [
-        (m.exits == "last" and (m.exit_predictor != "none" or o.objective != "aligned"),
-         "learning where to exit, or by mixed exits, needs classifiers: --exits all"),
-        (mixed and (m.routed != "none" or m.experts),
-         "--objective mixed cannot train routed blocks or experts: those would choose among tokens that have "
-         "exited. Use --routed none, no --experts"),
-        (mixed and m.exit_predictor != "none", "the oracle needs all exits of every token, --objective mixed "
-         "draws one: train the predictor afterwards, --init_from THAT_RUN --objective exit_predictor"),
-        (predictor and m.exit_predictor == "none",
-         "--objective exit_predictor needs --exit_predictor token, geometric, binary or sequence"),
-        (predictor and not o.init_from,
-         "--objective exit_predictor trains the predictor alone: give --init_from, a trained run"),
-        (m.exit_predictor != "none" and m.n_layer == 1, "a model of one block leaves no choice of exit"),
+        (mixed, "--objective mixed trains no routed blocks", "route"),
+        (alone, "the oracle's exits are not smoothed", "label_smoothing"),
+        (m.exits == "last" and (predicts or mixed or alone), "learning exits takes --exits all", ""),
+        (mixed and (routed or m.experts),
+         "--objective mixed cannot train routed blocks or experts: use --routed none, no --experts", ""),
+        (mixed and predicts, "--objective mixed draws one exit of a token, the oracle needs all: train the "
+         "predictor afterwards, --init_from THAT_RUN --objective exit_predictor", ""),
+        (alone and not predicts, "--objective exit_predictor needs an --exit_predictor", ""),
+        (alone and not o.init_from, "--objective exit_predictor needs --init_from, a trained run", ""),
+        (predicts and m.n_layer == 1, "a model of one block leaves no choice of exit", ""),
         (m.exit_predictor == "sequence" and not o.translate,
-         "--exit_predictor sequence reads a source sentence, and a GPT has none (--translate)"),
-        (m.gate == "one" and m.router == "learned",
-         "--gate one gives the router no gradient: only --router random can do without"),
-        (o.route == "causal", "--route causal would teach the predictor its own decisions"),
-        (o.schedule == "inverse_sqrt" and not o.warmup,
-         "--schedule inverse_sqrt needs --warmup: the rate falls with sqrt(warmup / step)"),
-        (m.experts == 1 and not m.noops, "--experts 1 leaves no choice: give more, or --noops"),
+         "--exit_predictor sequence reads a source sentence, and a GPT has none (--translate)", ""),
+        (m.gate == "one" and m.router == "learned", "--gate one gives a learned router no gradient", ""),
+        (o.route == "causal", "--route causal would teach the predictor its own decisions", ""),
+        (m.experts == 1 and not m.noops, "--experts 1 leaves no choice: give more, or --noops", ""),
         (o.translate and m.embeddings == "tied" and m.enc_embd != m.n_embd,
-         "--enc_embd and --n_embd differ, one table cannot serve both: use --embeddings separate"),
+         "--enc_embd and --n_embd differ, one table cannot serve both: use --embeddings separate", ""),
         (not o.translate and o.batch_size % o.grad_accum_steps,
-         f"--batch_size {o.batch_size} cannot be cut into equal pieces (--grad_accum_steps)"),
-        (m.n_embd % (2 * m.n_head), f"--n_embd {m.n_embd} is not an even multiple of --n_head {m.n_head}"),
-        (m.enc_embd % (2 * m.enc_head), f"--enc_embd {m.enc_embd} is not an even multiple of --enc_head")]
+         f"--batch_size {o.batch_size} cannot be cut into equal pieces (--grad_accum_steps)", ""),
+        (m.n_embd % (2 * m.n_head), f"--n_embd {m.n_embd} is not an even multiple of --n_head", ""),
+        (m.enc_embd % (2 * m.enc_head), f"--enc_embd {m.enc_embd} is not an even multiple of --enc_head", ""))
 
 
 def check(o):
@@ -152,16 +132,12 @@ def check(o):
         for name in names.split():
             if not low <= value[name] <= high:
                 raise UserError(f"--{name} {value[name]} must be from {low:g} to {high:g}")
-    try:
-        o.model.routed_blocks()
-    except ValueError as e:
-        raise UserError(f"--routed: {e}; use none, odd, even, all or numbers such as 1,3") from None
-    for name, why in unused_options(o).items():
-        if value[name] != default[name]:
-            raise UserError(f"--{name} {value[name]} would do nothing: {why}")
-    for applies, message in impossible_combinations(o):
-        if applies:
-            raise UserError(message)
+    for applies, why, names in exclusions(o):
+        if applies and not names:
+            raise UserError(why)
+        for name in names.split():
+            if applies and value[name] != default[name]:
+                raise UserError(f"--{name} {value[name]} would do nothing: {why}")
 
 
 def refuse(o, names, why):
@@ -182,17 +158,13 @@ def as_arguments(table):
     return [word for name, value in table.items() for word in (f"--{name}", str(value))]
 
 
-# ----------------------------------------------------------------------------- reading them
-
-
 def parse(argv, kind=Options):
     """Command line -> an instance of `kind`. The one checker of names, types and choices; exits with 2."""
     return tyro.cli(kind, args=argv, config=(tyro.conf.FlagConversionOff,))
 
 
 def from_file(path, table, more=()):
-    """The options in a file, then `more` arguments -> Options; a complaint is followed by the file's
-    name."""
+    """The options in a file, then `more` arguments -> Options; a complaint ends with the file's name."""
     try:
         return parse([*as_arguments(table), *more])
     except SystemExit:
@@ -202,15 +174,14 @@ def from_file(path, table, more=()):
 
 def preset(name):
     """NAME -> the content of configs/NAME.toml as arguments, checked. UserError if there is none."""
-    known = sorted(p.stem for p in CONFIGS.glob("*.toml"))
-    if name not in known:
-        raise UserError(f"unknown preset '{name}'; there are: {', '.join(known)} (configs/*.toml)")
-    path = CONFIGS / f"{name}.toml"
+    paths = {p.stem: p for p in sorted(CONFIGS.glob("*.toml"))}
+    if name not in paths:
+        raise UserError(f"unknown preset '{name}'; there are: {', '.join(paths)} (configs/*.toml)")
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
+        table = tomllib.loads(paths[name].read_text("utf-8"))
     except tomllib.TOMLDecodeError as e:
-        raise UserError(f"{path} is not valid TOML: {e}") from None
-    from_file(path, table)
+        raise UserError(f"{paths[name]} is not valid TOML: {e}") from None
+    from_file(paths[name], table)
     return as_arguments(table)
 
 
@@ -226,12 +197,11 @@ def read_options(argv, stored):
         if given - MAY_CHANGE:
             raise UserError(f"--{min(given - MAY_CHANGE)} cannot be changed by --resume: the run goes on as "
                             f"it began. May be given: {', '.join(sorted(MAY_CHANGE))}")
-        path, table = stored(o.resume, o.out)
-        o = from_file(path, {k: v for k, v in table.items() if k not in ("out", "stop_at")}, argv)
-    elif o.init_from:
-        path, table = stored(o.init_from, o.out)
-        same = {*(f.name for f in dataclasses.fields(Seq2SeqConfig)), "data", "translate", "route"}
-        o = from_file(path, {k: v for k, v in table.items() if k in same}, argv)
+    if o.resume or o.init_from:
+        path, table = stored(o.resume or o.init_from, o.out)
+        of_model = {*(f.name for f in dataclasses.fields(Seq2SeqConfig)), "data", "translate", "route"}
+        kept = table.keys() - {"out", "stop_at"} if o.resume else table.keys() & of_model
+        o = from_file(path, {name: table[name] for name in kept}, argv)
     check(o)
     return o
 
@@ -244,14 +214,6 @@ def rule_name(o, trained):
     if trained.model.exit_predictor != "none":
         return "learned"
     return "confidence:0.3" if trained.model.exits == "all" else "full"
-
-
-def halting_rule(name, model):
-    """exits.parse_rule, with UserError."""
-    try:
-        return exits.parse_rule(name, model)
-    except ValueError as e:
-        raise UserError(str(e)) from None
 
 
 def kind_of(rule):
