@@ -1,14 +1,11 @@
-"""Speed, as ratios within one run: python bench.py [--parts train full exits mod] [--run RUN]
+"""Speed, as ratios within one run: python bench.py [--parts train full exits mod]
 
 Timed in turns, in random order: median and middle half of the ratio. layers, FLOPs, bytes: counted ratios, of
 one text (cost.py). at most: what the project promises on an idle CPU at the default sizes.
 """
 import json
-import multiprocessing
-import os
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,8 +16,8 @@ import torch.nn.functional as F
 import cost
 import decode
 import run
-from data.common import UserError, command
-from exits import fixed_exit, forced_exits, full_depth, loss_and_gradient
+from data.common import UserError, command, write_file
+from exits import exit_loss, fixed_exit, forced_exits, full_depth
 from linear import PROCESSOR
 from model import GPT, GPTConfig, position_ids
 from options import parse
@@ -31,7 +28,6 @@ from routing import predictor_loss
 class Options:
     """Measure ratios of speed: training; decoding at full depth, with early exits, with routed blocks."""
     parts: tuple[Literal["train", "full", "exits", "mod"], ...] = ("train", "full", "exits", "mod")
-    run: str = ""               # also drafts by the first blocks of this run, a GPT with exits
     n_layer: int = 12
     n_head: int = 6
     n_embd: int = 384
@@ -66,7 +62,7 @@ def as_text(r):
     cells = [f"{r[name]:.3f}" if name in r else "" for name in ("layers", "flops", "bytes")]
     cells.append("{1:.3f} ({0:.3f}-{2:.3f})".format(*r["ratio"]))
     cells.append(f"{r['at_most']:.3f}" + " missed" * (r["ratio"][1] > r["at_most"]) if r["at_most"] else "")
-    cells.append(f"{r['ms']:.1f}" if r["ms"] else "")
+    cells.append(f"{r['ms']:.1f}")
     return f"| {r['what']} | {' | '.join(cells)} |"
 
 
@@ -97,23 +93,14 @@ class PlainBlock(nn.Module):
 
 def step(model, ids, targets):
     """Forward, all losses, backward, of our model."""
-    ends = []       # (tensor, its gradient)
+    total = 0.0
     for n, (h, routing) in enumerate(model.run_layers(model.embed(ids), position_ids(ids)), 1):
         if n in model.classifiers.blocks:
-            ends.append((h, loss_and_gradient(model.classifiers, n, h, targets, 1 / ids.numel())[2]))
+            total = total + exit_loss(model.classifiers, n, h, targets, 1 / ids.numel())[2]
         if routing.logit is not None:
-            ends.append((predictor_loss(routing) / ids.numel(), None))
-    torch.autograd.backward(*zip(*ends, strict=True))
+            total = total + predictor_loss(routing) / ids.numel()
+    total.backward()
     model.zero_grad()
-
-
-def memory_of_step(o, exits):
-    """MB that a step adds to the most memory that this process ever held, besides weights and gradients."""
-    model, peaks = gpt(o, exits=exits), []
-    for T in (1, o.block_size):
-        step(model, *random_ids(o, 2, o.batch_size, T))
-        peaks.append(int(Path("/proc/self/status").read_text("utf-8").split("VmHWM:")[1].split()[0]) / 1024)
-    return peaks[1] - peaks[0]
 
 
 def steps(o, what, ours, theirs, B, layers, at_most, of=None):
@@ -131,26 +118,16 @@ def train_part(o):
     plain = nn.Sequential(nn.Embedding(o.vocab_size, C), *blocks, nn.LayerNorm(C), classifier).to(o.device)
     plain[0].weight = classifier.weight
     ids, targets = random_ids(o, 2, o.batch_size, short.block_size)
-    x = torch.randn(*ids.shape, C, device=o.device, requires_grad=True)
 
     def plain_step():
         F.cross_entropy(plain(ids).flatten(0, 1), targets.flatten()).backward()
         plain.zero_grad()
 
-    yield compare(o, "dense block, there and back: over a plain one",
-                  lambda: ours.blocks[0](x, position_ids(ids))[0].backward(x),
-                  lambda: plain[1](x).backward(x), (1, 1))
     yield compare(o, "dense step: over a plain one", lambda: step(ours, ids, targets), plain_step, (1, 1),
                   1.05)
-    small, large = replace(short, vocab_size=4096), replace(short, vocab_size=50_000)
+    small = replace(short, vocab_size=4096)
     one, many = gpt(small, exits="last"), gpt(small)
     yield steps(small, f"{o.n_layer} tied exits: over one", many, one, o.batch_size, 1, 1.83)
-    if o.device == "cpu" and os.path.exists("/proc/self/status"):
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"      # in new processes freed memory goes back at once
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            mb = pool.starmap(memory_of_step, [(large, "all"), (large, "last")], 1)
-        yield {"what": f"memory of a step, {o.n_layer} tied exits, vocabulary 50,000: over one",
-               "ratio": [mb[0] / mb[1]] * 3, "at_most": None, "ms": None, "mb": mb}
     mod, dense = gpt(o, "odd", exits="last"), gpt(o, exits="last")
     layers = 1 - (1 - mod.config.capacity) * len(mod.config.routed_blocks()) / o.n_layer
     for B in (1, o.batch_size):
@@ -174,7 +151,7 @@ def counts(model, rule, ids, prefix):
     visited, exit_at = output.visited[0].cpu().numpy(), output.exit_at[0].cpu().numpy()
     before, whole = (cost.decoding(model.config, model.vocab_size, visited[:T], exit_at[:T], copies="needed")
                      for T in (prefix, len(visited)))
-    return np.array([visited[prefix:].sum(), whole.flops - before.flops, whole.bytes - before.bytes])
+    return np.array([visited[prefix:].sum(), *(whole[part] - before[part] for part in ("flops", "bytes"))])
 
 
 def readings(o, what, ours, theirs, at_most=None, of=None, B=1, more=1, prefix=128):
@@ -208,12 +185,13 @@ def exits_part(o):
     """All tokens exit at one block; then 16 texts, 8 tokens at a time since late copies come in bursts."""
     model, L = gpt(o), o.n_layer
     for e in range(2, L + 1, 2):
-        small, ours = gpt(replace(o, n_layer=e)), (model, fixed_exit(e))
+        small, ours = gpt(replace(o, n_layer=e)), (model, fixed_exit(model, e))
         small.load_state_dict(model.state_dict(), strict=False, assign=True)     # the same memory
         yield readings(o, f"all exit at {e}: over a model of {e} blocks", ours, (small, full_depth), 1.10)
         yield readings(o, f"all exit at {e}: over full depth", ours, (model, full_depth))
     spread = forced_exits(torch.randint(1, L + 1, (16, o.block_size), device=o.device))
-    for what, rule, at_most in (("spread exits", spread, 1.10), ("a rule, no exits", fixed_exit(L), 1.05)):
+    never = fixed_exit(model, L)
+    for what, rule, at_most in (("spread exits", spread, 1.10), ("a rule, no exits", never, 1.05)):
         yield readings(o, f"next 8 of 16 texts, {what}: over full depth", (model, rule),
                        (model, full_depth), at_most, B=16, more=8)
 
@@ -228,19 +206,6 @@ def mod_part(o):
                    (dense, full_depth), 1.15, "bytes", more=16)
 
 
-def run_part(o):
-    """Four texts of a trained GPT by drafts, over by full depth."""
-    folder, trained, _, model = run.open_run(o.run, device=o.device)
-    if trained.translate or trained.model.exits != "all":
-        raise UserError(f"{folder} is not a GPT with exits")
-    prompt, L = [model.vocab_size - 1], trained.model.n_layer       # the end of another text
-    new = min(64, trained.model.block_size - 1)
-    for E in range(1, L // 2 + 1):
-        yield compare(o, f"4 tokens drafted with {E} of {L} blocks: over full depth",
-                      lambda E=E: [decode.speculate(model, prompt, new, E, 4, seed=s) for s in range(4)],
-                      lambda: [decode.generate(model, [prompt], new, full_depth, seed=s) for s in range(4)])
-
-
 @command
 def main(argv=None):
     o = parse(argv, Options)
@@ -251,14 +216,14 @@ def main(argv=None):
     result = {**run.environment(torch.device(o.device)), "options": vars(o), "rows": []}
     print("{device}, {threads} threads, torch {torch}, commit {commit}\n".format(**result))
     print("| what | layers | FLOPs | bytes | time (middle half) | at most | ms |\n" + "|---" * 7 + "|")
-    parts = {"train": train_part, "full": full_part, "exits": exits_part, "mod": mod_part, "run": run_part}
-    for part in [*["run"] * bool(o.run), *o.parts]:
+    parts = {"train": train_part, "full": full_part, "exits": exits_part, "mod": mod_part}
+    for part in o.parts:
         with torch.set_grad_enabled(part == "train"):
             for r in parts[part](o):
                 result["rows"].append(r)
                 print(as_text(r), flush=True)
                 if o.out:
-                    run.write_atomically(o.out, json.dumps(result, indent=1) + "\n")
+                    write_file(o.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

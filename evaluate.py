@@ -4,20 +4,16 @@
                        of the run's rule; how deep tokens go under the rule (depth.npz)
     --rules RULE ...   these rules instead; also oracle:KIND:LAMBDA:SIGMA, the exits that an oracle picks
                        knowing the right answer (what is left out is as the run's own)
-    --bleu SPLIT ...   translate these splits with the rules: BLEU, exit, FLOPs of all hypotheses, time
-    --source FILE      translate your own lines; with --reference FILE also BLEU
+    --bleu SPLIT ...   translate these splits with the rules: BLEU, exit, FLOPs, time
     --search 10000     find the best thresholds for each depth among so many draws, and add them to the rules
 
 Results: evaluation.json (rows of other rules and splits are kept), depth.npz, outputs/SPLIT.RULE.txt.
 """
 import json
-import keyword
-import math
 import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -28,10 +24,10 @@ import cost
 import exits
 import run
 from data.batches import batches_of, bits_per_byte, open_data
-from data.common import UserError, command
-from data.parallel import direction, read_lines, sentence, source_ids
-from decode import Cache, evaluate_loss, step, translate
-from options import RunOptions, halting_rule, parse, refuse, rule_name
+from data.common import UserError, command, write_file
+from data.parallel import direction, sentence, source_ids
+from decode import COUNTED, Cache, evaluate_loss, step, translate
+from options import RunOptions, parse, refuse, rule_name
 from routing import causal
 
 
@@ -40,8 +36,6 @@ class Options(RunOptions):
     """Measure a run on held-out data."""
     data: str = ""              # the prepared folder; left out: the one it was trained on
     bleu: tuple[str, ...] = ()  # splits to translate, such as test_2016_flickr
-    source: Path | None = None  # your own sentences to translate, one a line
-    reference: Path | None = None   # their reference translations, line by line
     beam: int = 5               # hypotheses; 1: greedy
     length_penalty: float = 1.0     # hypotheses compare by log-probability / length^this
     rules: tuple[str, ...] = ()     # these instead of every fixed exit and the rule
@@ -50,77 +44,38 @@ class Options(RunOptions):
     batch_size: int = 64        # sentences side by side
 
 
-def check(o, folder, source, trained, model):
+def check(o, folder, source, data, trained, model):
     """UserError for what cannot be measured, before anything is."""
     if o.beam < 1 or o.batch_size < 1 or o.search < 0 or not abs(o.length_penalty) < 100:
-        raise UserError("--beam and --batch_size must be at least 1, --search at least 0 draws (a number of "
-                        "draws), --length_penalty a small number")
-    if (folder / "tokenizer.json").read_bytes() != (source / "tokenizer.json").read_bytes():
-        raise UserError(f"{folder} was not trained on this data: {source} has another tokenizer")
-    if (o.bleu or o.source) and not trained.translate:
-        raise UserError("this run is a GPT: it has nothing to translate (--bleu, --source)")
-    if not o.bleu and not o.source:
-        refuse(o, ("beam", "length_penalty", "batch_size"), "nothing is translated (--bleu, --source)")
+        raise UserError("--beam and --batch_size must be at least 1, --search at least 0 draws, "
+                        "--length_penalty a small number")
+    run.same_data(folder, source, ("tokenizer.json",))
+    if not o.bleu:
+        refuse(o, ("beam", "length_penalty", "batch_size"), "nothing is translated (--bleu)")
+    if o.bleu and not trained.translate:
+        raise UserError("this run is a GPT: it has nothing to translate (--bleu)")
+    for split in o.bleu:
+        if split not in data.splits or split == "train":
+            raise UserError(f"--bleu {split}: there are {', '.join(s for s in data.splits if s != 'train')}")
     if o.exited_kv == "compute" and trained.model.routed != "none":
         raise UserError("--exited_kv compute is for models without routed blocks: FLOPs are not counted")
     if o.search and trained.model.exits == "last":
         raise UserError("--search finds thresholds, and this run has one classifier: train with --exits all")
-    if o.reference and not o.source:
-        raise UserError("--reference needs --source: the sentences that it translates")
     for name in o.rules:
         if name.startswith("oracle"):
             oracle_of(name, trained)
         else:
-            halting_rule(name, model)
+            exits.parse_rule(name, model)
 
 
-def texts_to_translate(data, trained, o):
-    """-> [(name, lines, references or None)] of everything that is asked for."""
-    texts = []
-    for split in o.bleu:
-        if split not in data.splits or split == "train":
-            raise UserError(f"--bleu {split}: there are {', '.join(s for s in data.splits if s != 'train')}")
-        lines, references = (data.originals(split, name) for name in direction(data, trained.translate))
-        texts.append((split, lines, references))
-    if o.source:
-        lines, references = read_lines(o.source), o.reference and read_lines(o.reference)
-        if references is not None and len(references) != len(lines):
-            raise UserError(f"{o.source} has {len(lines)} lines and {o.reference} has {len(references)}")
-        texts.append((o.source.stem, lines, references))
-    return texts
-
-
-WORDS = rb"(?P<number>\d[\w.]*)|(?P<name>[A-Za-z_\x80-\xff][\w\x80-\xff]*)|(?P<space>\s+)|(?P<punctuation>.)"
-TEXT = rb"(?P<text>('{3}|\"{3}).*?\2|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)"
-
-
-def kinds_of(encoding, ids, code):
-    """One document's token ids -> the kind of each: space, number, punctuation, end, and word, or in Python
-    code name, keyword and text (strings and comments). The first byte that is no space decides."""
-    pieces = [b"" if i == encoding.eot_token else encoding.decode_single_token_bytes(int(i)) for i in ids]
-    of_bytes = []
-    for match in re.finditer(TEXT + b"|" + WORDS if code else WORDS, b"".join(pieces), re.S):
-        kind = match.lastgroup
-        if kind == "name":
-            reserved = code and keyword.iskeyword(match[0].decode("utf-8", "replace"))
-            kind = "keyword" if reserved else "name" if code else "word"
-        of_bytes += [kind] * len(match[0])
-    kinds, end = [], 0
-    for piece in pieces:
-        first = end + len(piece) - len(piece.lstrip() or piece)
-        kinds.append(of_bytes[first] if piece else "end")
-        end += len(piece)
-    return kinds
-
-
-def kinds_in(data, trained):
-    """The kinds of the tokens in the validation windows (W,T), told from whole documents."""
-    documents = np.split(data.val, np.flatnonzero(data.val == data.encoding.eot_token) + 1)
-    kinds = [kind for document in documents
-             for kind in kinds_of(data.encoding, document, data.meta.get("code", False))]
-    names, codes = np.unique(kinds, return_inverse=True)
-    windows = batches_of(data._replace(val=codes), "val", trained, trained.grad_accum_steps)
-    return names[np.concatenate([b.ids for b in windows.fixed(trained.eval_windows)])]
+def kinds_of(encoding):
+    """(V,) kind of every token by its first character that is no space: word, number, punctuation, space."""
+    kinds = []
+    for i in range(encoding.n_vocab - 1):
+        first = encoding.decode_single_token_bytes(i).strip()[:1]
+        word = first.isalpha() or first == b"_" or first > b"\x7f"      # or a letter of several bytes
+        kinds.append("word" if word else "number" if first.isdigit() else "punctuation" if first else "space")
+    return np.array([*kinds, "end"])
 
 
 def exit_scores(model, batch):
@@ -129,7 +84,7 @@ def exit_scores(model, batch):
     for n, (h, _) in enumerate(model.run_batch(batch, causal), 1):
         logits = model.classifiers(n, h)
         scores.append((exits.token_losses(logits, batch.targets), logits.argmax(-1) == batch.targets,
-                       exits.max_probability(logits)))
+                       exits.to_float32(logits).softmax(-1).amax(-1)))
     return [torch.stack(parts, -1) for parts in zip(*scores, strict=True)]
 
 
@@ -154,71 +109,75 @@ def oracle_rule(name, trained, model, batch):
 
 
 def under_rule(model, batches, name, trained, context, exited_kv):
-    """The batches read with a halting rule and causal routing: arrays (W,T,...) as for depth.npz, padded
-    with targets of -1 where rows are shorter."""
+    """The batches under a halting rule and causal routing -> arrays (W,T,...); targets -1 at padding."""
     parts, T = defaultdict(list), max(b.ids.size(1) for b in batches)
     for i, batch in enumerate(batches):
-        torch.manual_seed(i)                # random exits and the random control draw anew for every batch
+        torch.manual_seed(i)                # random exits and the random control
         batch = batch.to(model.wte.weight.device)
         with context, torch.no_grad():
             rule = (oracle_rule(name, trained, model, batch) if name.startswith("oracle") else
-                    halting_rule(name, model))
+                    exits.parse_rule(name, model))
             cache = Cache(model, *batch.pos.shape, model.memory_of(batch))
             output = step(model, batch.ids, batch.pos, cache, rule, causal, exited_kv)
         log_probs = exits.to_float32(output.logits).log_softmax(-1)
         arrays = {"ids": batch.ids.int(), "targets": batch.targets.int(),
                   "loss": exits.token_losses(output.logits, batch.targets),
                   "entropy": -(log_probs.exp() * log_probs).sum(-1),
-                  "right": output.logits.argmax(-1) == batch.targets, "exit_at": output.exit_at.byte(),
-                  "visited": output.visited, "worked": output.worked, "weight": output.weight,
-                  "classified": output.classified.byte(), "predicted": output.predicted.byte()}
+                  "right": output.logits.argmax(-1) == batch.targets, **output._asdict()}
+        del arrays["logits"]
         for key, tensor in arrays.items():
-            array, padding = tensor.cpu().numpy(), -1 if key == "targets" else 0
-            width = [(0, 0), (0, T - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
-            parts[key].append(np.pad(array, width, constant_values=padding))
+            shorter = [(0, 0), (0, T - batch.ids.size(1)), (0, 0)][:tensor.dim()]
+            parts[key].append(np.pad(tensor.cpu().numpy(), shorter,
+                                     constant_values=-1 if key == "targets" else 0))
     return {key: np.concatenate(arrays) for key, arrays in parts.items()}
 
 
-def depth_and_cost(model, exit_at, visited, texts, exited_kv):
+def depth_and_cost(model, texts, exited_kv):
     """Mean exit, blocks, MFLOPs by both accountings, and keys and values kept as a share of a dense model's.
-    texts: for each text or beam its steps (arrays by name), and S."""
+    texts: for each text what `step` counted of its tokens (arrays by name), and its S source tokens."""
     both, costs = ("computed", "computed") if exited_kv == "compute" else ("paper", "needed"), []
-    for steps, S in texts:
-        steps = {name: np.array(values) for name, values in steps.items()}
-        paper, needed = (cost.decoding(model.config, model.vocab_size, **steps, S=S, copies=c) for c in both)
-        costs.append((paper.flops / 1e6, needed.flops / 1e6, paper.cache))
+    for counted, S in texts:
+        paper, needed = (cost.decoding(model.config, model.vocab_size, **counted, S=S, copies=copies)
+                         for copies in both)
+        costs.append((paper["flops"] / 1e6, needed["flops"] / 1e6, paper["cache"]))
     mean = zip(("mflops_paper", "mflops_needed", "cache"), np.mean(costs, 0).tolist(), strict=True)
+    exit_at = np.concatenate([counted["exit_at"] for counted, _ in texts])
+    visited = np.concatenate([counted["visited"] for counted, _ in texts])
     return {"exit": float(exit_at.mean()), "blocks": float(visited.sum(1).mean()), **dict(mean)}
 
 
-def table(title, *columns):
-    print(f"\n{title}| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+COLUMNS = {     # of the tables: key of a row -> head, format
+    "rule": ("rule", ""), "loss": ("loss", ".3f"), "right": ("right", ".1%"), "bleu": ("BLEU", ".2f"),
+    "exit": ("exit", ".2f"), "blocks": ("blocks", ".2f"), "mflops_paper": ("MFLOPs a text: paper", ".1f"),
+    "mflops_needed": ("needed", ".1f"), "cache": ("cache / dense", ".0%"), "seconds": ("seconds", ".1f")}
+
+
+def print_row(row, first):
+    """A row of a Markdown table, below its head if it is the first."""
+    columns = {key: COLUMNS[key] for key in COLUMNS if key in row}
+    if first:
+        print("| " + " | ".join(head for head, _ in columns.values()) + " |\n" + "|---" * len(columns) + "|")
+    print("| " + " | ".join(format(row[key], form) for key, (_, form) in columns.items()) + " |", flush=True)
 
 
 def forced(model, batches, names, trained, context, o, known):
     """Rows for evaluation.json: each rule on the validation batches, read at once as if step by step;
     known: {rule: what `under_rule` returned} so far."""
     rows, sources = [], [S for batch in batches for S in batch.sources()]
-    counted = "visited", "exit_at", "classified", "predicted", "worked"
-    table("", "rule", "loss", "right", "exit", "blocks", "MFLOPs a sequence: paper", "needed",
-          "cache / dense")
     for name in names:
         arrays = known.get(name) or under_rule(model, batches, name, trained, context, o.exited_kv)
         mask = arrays["targets"] >= 0
-        texts = [({k: arrays[k][w, mask[w]] for k in counted}, S) for w, S in enumerate(sources)]
-        loss, right, exit_at, visited = (arrays[key][mask] for key in ("loss", "right", "exit_at", "visited"))
-        row = {"rule": name, "loss": float(loss.mean()), "right": float(right.mean()),
-               "exited_kv": o.exited_kv, **depth_and_cost(model, exit_at, visited, texts, o.exited_kv)}
-        rows.append(row)
-        print("| {rule} | {loss:.3f} | {right:.1%} | {exit:.2f} | {blocks:.2f} | {mflops_paper:.1f} | "
-              "{mflops_needed:.1f} | {cache:.0%} |".format(**row), flush=True)
+        texts = [({k: arrays[k][w, mask[w]] for k in (*COUNTED, "worked")}, S) for w, S in enumerate(sources)]
+        rows.append({"rule": name, "loss": float(arrays["loss"][mask].mean()),
+                     "right": float(arrays["right"][mask].mean()), "exited_kv": o.exited_kv,
+                     **depth_and_cost(model, texts, o.exited_kv)})
+        print_row(rows[-1], first=len(rows) == 1)
     return rows
 
 
 def search_thresholds(model, batches, draws, context):
-    """Thresholds drawn uniformly, judged by the exits' confidences under teacher forcing (no copied states)
-    -> for each segment of one block of mean exit the rule that is right most often, [(exit, right,
-    name)]."""
+    """Thresholds drawn uniformly, judged under teacher forcing (no copied states) [DAT 3.2] -> for every
+    segment of one block of mean exit the rule that is right most often, [(exit, right, name)]."""
     confidences, right = [], []
     for batch in batches:
         batch = batch.to(model.wte.weight.device)
@@ -238,7 +197,7 @@ def search_thresholds(model, batches, draws, context):
 
 
 def translations(model, sources, eos_id, rule, o):
-    """Lists of source ids -> [(best Generated, BeamTrace)] in the same order, and the seconds that took."""
+    """Lists of source ids -> the best Generated of each, and the seconds that took."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     results, began = {}, time.perf_counter()
     for first in range(0, len(order), o.batch_size):
@@ -249,34 +208,28 @@ def translations(model, sources, eos_id, rule, o):
     return [results[i] for i in range(len(sources))], time.perf_counter() - began
 
 
-def translate_split(model, encoding, name, lines, references, tokenize, folder, o, rules):
-    """The rules on one list of sentences -> rows for evaluation.json; prints a table."""
-    sources, rows = source_ids(encoding, lines, model.config.block_size, name), []
+def translate_split(model, data, split, trained, folder, o, rules):
+    """The rules on the sentences of a split -> rows for evaluation.json; prints a table."""
+    encoding, rows, tokenize = data.encoding, [], data.meta["tokenize"]
+    lines, references = (data.originals(split, name) for name in direction(data, trained.translate))
+    sources = source_ids(encoding, lines, model.config.block_size, split)
     metric = sacrebleu.BLEU(tokenize=tokenize, force=tokenize == "none")    # none: tokenised already
-    table(f"{name}, {len(lines)} sentences, beam {o.beam}\n", "rule", "BLEU", "exit", "blocks",
-          "MFLOPs a sentence, all hypotheses: paper", "needed", "seconds")
+    print(f"\n{split}, {len(lines)} sentences, beam {o.beam}, FLOPs of the best hypothesis")
     for label in (r for r in rules if not r.startswith("oracle")):
         torch.manual_seed(0)
-        best, seconds = translations(model, sources, encoding.eot_token, halting_rule(label, model), o)
-        outputs = [sentence(encoding, text.ids) for text, _ in best]
-        exit_at, visited = (np.concatenate([getattr(text, part) for text, _ in best])
-                            for part in ("exit_at", "visited"))
-        counted = "parent", "exit_at", "visited", "classified", "predicted"
-        texts = [({key: [getattr(taken, key) for taken in steps] for key in counted}, len(source))
-                 for (_, steps), source in zip(best, sources, strict=True)]
-        path = folder / "outputs" / f"{name}.{label.replace(':', '-').replace(',', '_')}.txt"
-        row = {"rule": label, **depth_and_cost(model, exit_at, visited, texts, o.exited_kv),
-               "seconds": seconds, "exited_kv": o.exited_kv, "beam": o.beam, "file": path.name}
-        if references is not None:
-            row |= {"bleu": metric.corpus_score(outputs, [references]).score,
-                    "signature": str(metric.get_signature())}
+        best, seconds = translations(model, sources, encoding.eot_token, exits.parse_rule(label, model), o)
+        outputs = [sentence(encoding, text.ids) for text in best]
+        texts = [({key: getattr(text, key) for key in COUNTED}, len(source))
+                 for text, source in zip(best, sources, strict=True)]
+        path = folder / "outputs" / f"{split}.{label.replace(':', '-').replace(',', '_')}.txt"
         path.parent.mkdir(exist_ok=True)
-        run.write_atomically(path, "".join(line + "\n" for line in outputs))
-        rows.append(row)
-        print("| {rule} | {bleu:.2f} | {exit:.2f} | {blocks:.2f} | {mflops_paper:.1f} | "
-              "{mflops_needed:.1f} | {seconds:.1f} |".format(**{"bleu": math.nan, **row}), flush=True)
-    if references is not None and rows:
-        print(f"BLEU: {rows[0]['signature']}")
+        write_file(path, "".join(line + "\n" for line in outputs))
+        rows.append({"rule": label, "bleu": metric.corpus_score(outputs, [references]).score,
+                     "signature": str(metric.get_signature()), "seconds": seconds, "file": path.name,
+                     "exited_kv": o.exited_kv, "beam": o.beam, "flops_of": "the best hypothesis",
+                     **depth_and_cost(model, texts, o.exited_kv)})
+        print_row(rows[-1], first=len(rows) == 1)
+    print("BLEU:", metric.get_signature())
     return rows
 
 
@@ -290,9 +243,9 @@ def main(argv=None):
     o = parse(argv, Options)
     folder, trained, device, model = run.open_run(o.run, o.out, o.device)
     source, data = open_data(o.data or trained.data, trained.translate)
-    check(o, folder, source, trained, model)
-    texts, named, L = texts_to_translate(data, trained, o), rule_name(o, trained), trained.model.n_layer
-    halting_rule(named, model)
+    check(o, folder, source, data, trained, model)
+    named, L = rule_name(o, trained), trained.model.n_layer
+    exits.parse_rule(named, model)
     fixed = [f"fixed:{e}" for e in range(1, L)] if trained.model.exits == "all" else []
     rules = list(o.rules) or [*dict.fromkeys([*fixed, "full", named])]
     context = run.autocast(device, trained.dtype)
@@ -306,14 +259,12 @@ def main(argv=None):
     for route, (losses, _) in evaluate_loss(model, batches, context).items():
         loss, bits = (losses / tokens).tolist(), (losses / tokens * per_byte).tolist()
         result["val"][route] = {"loss": loss, "bits_per_byte": bits}
-        by_exit = " ".join(f"{v:.3f}" for v in loss)
-        print(f"val, {route}: loss by exit {by_exit} | {bits[-1]:.3f} bits/byte")
+        print(f"val, {route}: loss by exit", *(f"{v:.3f}" for v in loss), f"| {bits[-1]:.3f} bits/byte")
     depth = under_rule(model, batches, named, trained, context, o.exited_kv)
-    if not trained.translate:
-        depth["kind"] = kinds_in(data, trained)
+    depth["kind"] = kinds_of(data.encoding)[depth["ids"]]
     depth["routed"] = np.array([n in trained.model.routed_blocks() for n in range(L)])
     depth["rule"] = np.array(named.replace(":", " ") + ", causal routing" * bool(depth["routed"].any()))
-    run.write_atomically(folder / "depth.npz", lambda f: np.savez_compressed(f, **depth))
+    write_file(folder / "depth.npz", lambda f: np.savez_compressed(f, **depth))
     if o.search:
         result["search"] = search_thresholds(model, batches, o.search, context)
         for exit_, right, rule in result["search"]:
@@ -321,12 +272,11 @@ def main(argv=None):
         rules += [rule for *_, rule in result["search"]]    # confirmed by reading and translating for real
     result["forced"] = merged(before.get("forced", []), forced(model, batches, rules, trained, context, o,
                                                                {named: depth}))
-    for name, lines, references in texts:
-        tokenize = data.meta.get("tokenize", "13a")
-        rows = translate_split(model, data.encoding, name, lines, references, tokenize, folder, o, rules)
-        result["translated"][name] = merged(result["translated"].get(name, []), rows)
-        run.write_atomically(path, json.dumps(result, indent=1) + "\n")
-    run.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    for split in o.bleu:
+        rows = translate_split(model, data, split, trained, folder, o, rules)
+        result["translated"][split] = merged(result["translated"].get(split, []), rows)
+        write_file(path, json.dumps(result, indent=1) + "\n")
+    write_file(path, json.dumps(result, indent=1) + "\n")
     print(f"wrote {path} and {folder}/depth.npz")
 
 

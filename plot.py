@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 
 import run
-from data.common import EOT, UserError, command, load_tokenizer
+from data.common import EOT, UserError, command, load_tokenizer, reading
 from options import kind_of, parse
 
 # Colours by Okabe and Ito, which colour-blind readers can tell apart; depth is a scale (viridis).
@@ -51,7 +51,6 @@ def read_depth(path):
     exited = np.arange(len(depth["routed"])) >= depth["exit_at"][..., None]
     depth["cells"] = np.select([depth["visited"], ~exited, ~depth["routed"]], [RAN, SKIPPED, COPIED], NOTHING)
     depth["blocks"] = depth["visited"].sum(-1)
-    depth.setdefault("kind", np.full(depth["ids"].shape, "all tokens"))
     present = depth["targets"] >= 0
     tokens = {name: a[present] for name, a in depth.items() if a.shape[:2] == present.shape}
     depth["title"] = f"{present.sum():,} validation tokens, {depth['rule']}"
@@ -141,7 +140,7 @@ def draw_when(path):
     bars = by_kind.barh(names, [blocks[kinds[kind]].mean() for kind in names], color=BLUE)
     by_kind.bar_label(bars, [f" {kinds[kind].sum():,} tokens" for kind in names], fontsize=10)
     by_kind.grid(False)
-    by_kind.set(title="blocks run by kind of token read", xlabel=mean_of, xlim=(0, L), visible=len(names) > 1)
+    by_kind.set(title="blocks run by kind of token read", xlabel=mean_of, xlim=(0, L))
     fig.suptitle(depth["title"], x=0.01, ha="left")
     return fig
 
@@ -190,17 +189,10 @@ def draw_frontier(path):
 
 def draw_text(path, columns=96):
     """The last sample or translation, each token on the colour of the number of blocks that wrote it."""
-    with np.load(path) as archive:
-        sample, encoding = dict(archive), load_tokenizer(path.parent / "tokenizer.json")
-    colors, tokens = depth_colors(sample["visited"].shape[1]), []
-    for n, prompt in enumerate(sample["prompt"].tolist()):
-        mine = sample["row"] == n
-        ids = [*sample["ids"][mine][:1], *sample["written"][mine]]
-        blocks = [None] * prompt + sample["visited"][mine][prompt - 1:].sum(1).tolist()
-        text = list(zip((encoding.decode([i]).replace(EOT, "</s>") for i in ids), blocks, strict=True))
-        if len(sample["lines"]):        # a translation, below its source
-            text[:prompt] = [(f"{word} ", None) for word in sample["lines"][n].split()] + [("\n", None)]
-        tokens += [*text, ("\n\n", None)]
+    sample = run.read_json(path)
+    colors, tokens = depth_colors(sample["n_layer"]), []
+    for text in sample["texts"]:
+        tokens += [*((token, blocks) for token, _, blocks in text), ("\n\n", None)]
     tokens += [("blocks run:  ", None), *((f" {n} ", n) for n in range(len(colors)))]
     fig, row, column = plt.figure(layout="none"), 0, 0
     ax = fig.add_axes((0, 0, 1, 1), frameon=False, xticks=[], yticks=[])
@@ -221,18 +213,14 @@ def draw_text(path, columns=96):
 def main(argv=None):
     options = parse(argv, Options)
     folder = run.find(options.run, options.out)
-    files = {draw_loss: "metrics.jsonl", draw_frontier: "evaluation.json", draw_text: "sample.npz",
+    files = {draw_loss: "metrics.jsonl", draw_frontier: "evaluation.json", draw_text: "sample.json",
              **dict.fromkeys((draw_map, draw_depth, draw_when, draw_router), "depth.npz")}
     (folder / "figures").mkdir(exist_ok=True)
     for draw, file in files.items():
         path, picture = folder / file, folder / "figures" / f"{draw.__name__.removeprefix('draw_')}.png"
         more = [options] if draw is draw_map else []
-        try:
+        with reading(path):
             fig = draw(path, *more) if path.exists() else None
-        except UserError:
-            raise
-        except Exception as error:      # numpy, zipfile, zlib and json raise a dozen kinds for damaged files
-            raise UserError(f"{path} is damaged, empty or of another version ({error!r})") from None
         picture.unlink(missing_ok=True)
         if fig is None:
             print(f"left out {picture}: no {file}, or too little in it")
