@@ -1,57 +1,55 @@
 """Tiny real models and a tiny trained run for all tests. No network: a connection is an error."""
-import json
 import random
+import shutil
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT, ROOT / "tests"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+sys.path.insert(0, str(ROOT))
 
 import decode  # noqa: E402
+import train as script  # noqa: E402
+from data.pairs import prepare as prepare_pairs  # noqa: E402
+from data.text import prepare as prepare_text  # noqa: E402
 from exits import full_depth  # noqa: E402
 from model import GPT, Attention, GPTConfig, Seq2Seq, Seq2SeqConfig, position_ids  # noqa: E402
 from routing import NO_POSITION, causal  # noqa: E402
 
 torch.set_num_threads(1)
 V = 23
-
-
-def _refuse(*_, **__):
-    raise OSError("tests must not use the network")
+FOUR = SimpleNamespace(config=GPTConfig(n_layer=4))     # all that most halting rules want to know of a model
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    monkeypatch.setattr(socket.socket, "connect", _refuse)
-    monkeypatch.setattr(socket, "create_connection", _refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", _refuse)
+    def refuse(*_, **__):
+        raise OSError("tests must not use the network")
+    for owner, name in ((socket.socket, "connect"), (socket, "create_connection"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, refuse)
+
+
+SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 16, "block_size": 24, "routed": "odd", "capacity": 0.25}
+SOURCE = {"d_ff": 40, "enc_layer": 2, "enc_head": 3, "enc_embd": 12, "embeddings": "separate"}
 
 
 def tiny(seed=0, vocab=V, **options):
     """A GPT in float64 whose every parameter, norms and biases too, is random and large enough to matter."""
-    config = GPTConfig(**{"n_layer": 4, "n_head": 2, "n_embd": 16, "block_size": 24,
-                          "routed": "odd", "capacity": 0.25} | options)
     torch.manual_seed(seed)
-    return at_random(GPT(config, vocab))
+    return at_random(GPT(GPTConfig(**SHAPE | options), vocab))
 
 
 def tiny_translator(seed=0, vocab=V, **options):
     """The same for a Seq2Seq, of which encoder and decoder differ in everything."""
-    config = Seq2SeqConfig(**{"n_layer": 4, "n_head": 2, "n_embd": 16, "d_ff": 40, "block_size": 24,
-                              "enc_layer": 2, "enc_head": 3, "enc_embd": 12, "embeddings": "separate",
-                              "routed": "odd", "capacity": 0.25} | options)
     torch.manual_seed(seed)
-    model = Seq2Seq(config, vocab)
-    return at_random(model, lambda: model.encode(texts(5, T=7, vocab=vocab)))
+    return at_random(Seq2Seq(Seq2SeqConfig(**SHAPE | SOURCE | options), vocab))
 
 
-def at_random(model, memory=lambda: None):
+def at_random(model):
     """Random weights in float64, the predictors centred so that about half of the tokens run."""
     model.double().eval()
     for p in model.parameters():
@@ -60,13 +58,16 @@ def at_random(model, memory=lambda: None):
         if isinstance(module, Attention):       # the table is made in float32
             size, _, half = module.rope.shape
             angle = torch.arange(size).double().outer(10000.0 ** (-torch.arange(half).double() / half))
-            module.rope = torch.stack([angle.cos(), angle.sin()], 1)
-    ids = texts(vocab=model.vocab_size)
-    layers = model.run_layers(model.embed(ids), position_ids(ids), None, memory(), causal)
+            exact = torch.stack([angle.cos(), angle.sin()], 1)
+            assert torch.equal(module.rope, exact.float().double())
+            module.rope = exact
+    ids, vocab = texts(vocab=model.vocab_size), model.vocab_size
+    memory = model.encode(texts(5, T=7, vocab=vocab)) if isinstance(model, Seq2Seq) else None
+    layers = model.run_layers(model.embed(ids), position_ids(ids), None, memory, causal)
     for block, (_, routing) in zip(model.blocks, layers, strict=True):
         if getattr(block, "predictor", None):
             block.predictor[2].bias.data -= routing.logit.median() + 0.01
-    return model.eval()
+    return model
 
 
 def one_pass(model, ids, rule=full_depth, route=causal, cache=None, exited_kv="copy"):
@@ -96,11 +97,10 @@ class Counter(torch.utils._python_dispatch.TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         if name in ("mm", "addmm", "bmm", "baddbmm"):
-            a, b = args[-2:] if "add" in name else args[:2]
+            a, b = args[-2:]
             self.flops += 2 * a.numel() * b.shape[-1]
         elif name.startswith("_scaled_dot_product") and "backward" in name:
-            _, q, k = args[:3]
-            self.flops += 8 * q.numel() * k.shape[-2]
+            self.flops += 8 * args[1].numel() * args[2].shape[-2]
         elif name.startswith("_scaled_dot_product"):
             q, k, mask = *args[:2], kwargs.get("attn_mask")
             seen = 1.0 if mask is None else float((mask == 0).double().mean())
@@ -108,22 +108,18 @@ class Counter(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-TINY = ["--n_layer", "4", "--n_head", "2", "--n_embd", "16", "--block_size", "32", "--batch_size", "4",
-        "--steps", "8", "--warmup", "2", "--eval_every", "4", "--eval_windows", "4", "--save_every", "4",
-        "--log_every", "1", "--rule", "confidence:0.05", "--device", "cpu"]
+TINY = ("--n_layer 4 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --steps 8 --warmup 2"
+        " --eval_every 4 --eval_windows 4 --save_every 4 --rule confidence:0.05 --device cpu").split()
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """A prepared data set of generated code."""
-    from data.text import prepare
-
-    source = tmp_path_factory.mktemp("source")
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data") / "tiny"
     for n in range(12):
         body = "".join(f"def f{n}_{i}(x, y):\n    return x * {i} + y - {n}\n\n" for i in range(60))
         (source / f"part{n}.py").write_text(body, encoding="utf-8")
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    prepare.main(["--source", str(source), "--vocab-size", "300", "--out", str(folder)])
+    prepare_text.main(["--source", str(source), "--vocab-size", "300", "--out", str(folder)])
     return folder
 
 
@@ -134,41 +130,36 @@ WORDS = dict(zip("otter heron badger falcon lizard salmon beaver magpie".split()
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
     """A prepared set of sentence pairs: eight words, each with its translation; languages aa and bb."""
-    from data.pairs import prepare
-
-    folder, draw = tmp_path_factory.mktemp("pairs"), random.Random(0)
-    for split, count in (("train", 1200), ("val", 40), ("test", 12)):
-        least = 1 if split == "train" else 3       # what val and test have is dropped from train
+    folder, draw, files = tmp_path_factory.mktemp("pairs"), random.Random(0), {}
+    for split, count, least in (("train", 1200, 1), ("val", 40, 3), ("test", 12, 3)):      # words of a line
         lines = [draw.sample(list(WORDS), k=draw.randint(least, 4)) for _ in range(count)]
-        for language, words in (("aa", lambda w: w), ("bb", WORDS.get)):
-            text = "".join(" ".join(map(words, line)) + "\n" for line in lines)
-            (folder / f"{split}.{language}").write_text(text, encoding="utf-8")
-    files = {split: [str(folder / f"{split}.{language}") for language in ("aa", "bb")]
-             for split in ("train", "val", "test")}
-    prepare.main(["--source", *files["train"], "--val", *files["val"], "--test", *files["test"],
-                  "--languages", "aa", "bb", "--vocab-size", "300", "--out", str(folder / "set")])
+        files[split] = [str(folder / f"{split}.{language}") for language in ("aa", "bb")]
+        for name, word in zip(files[split], (str, WORDS.get), strict=True):
+            Path(name).write_text("".join(" ".join(map(word, line)) + "\n" for line in lines), "utf-8")
+    prepare_pairs.main(["--source", *files["train"], "--val", *files["val"], "--test", *files["test"],
+                        "--languages", "aa", "bb", "--vocab-size", "300", "--out", str(folder / "set")])
     return folder / "set"
 
 
 @pytest.fixture
 def train(dataset, tmp_path):
     """train(*words) runs train.main in this process, without sample and figures -> its run folder."""
-    import train as script
-
     def go(*words, out=tmp_path / "runs"):
         script.main(["--data", str(dataset), "--out", str(out), *TINY, *map(str, words)])
         return max(out.iterdir())
-
     return go
 
 
 @pytest.fixture(scope="session")
 def finished(dataset, tmp_path_factory):
     """The folder of one finished tiny run (do not change it)."""
-    import train as script
-
     out = tmp_path_factory.mktemp("runs")
-    words = ["--steps", "60", "--lr", "0.01", "--eval_every", "20", "--rule", "confidence:0.5"]
+    words = "--steps 60 --lr 0.01 --eval_every 20 --rule confidence:0.5".split()
     script.main(["--data", str(dataset), "--out", str(out), *TINY, *words])
-    assert json.loads((out / "001" / "options.json").read_text("utf-8"))["options"]["n_embd"] == 16
     return out / "001"
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(finished, tmp_path / "copy")

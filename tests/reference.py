@@ -1,14 +1,12 @@
 """The two papers once more, one token at a time, to check the fast code against.
 
-    DAT = Depth-Adaptive Transformer (arXiv 1910.10073): section 2.1 exits, 2.2 losses and copied states,
-          3.2 exit rules of single tokens
-    MoD = Mixture-of-Depths (arXiv 2404.02258): section 3.4 routing (equation 1), 3.5 sampling
+    DAT = Depth-Adaptive Transformer (arXiv 1910.10073): 2.1 exits, 2.2 losses and copied states, 3.2 rules
+    MoD = Mixture-of-Depths (arXiv 2404.02258): 3.4 routing (equation 1), 3.5 sampling
 
-Nothing here is fast and nothing is shared with the real code: float64 numpy, a vector per token, Python
-loops over blocks, tokens and heads. Weights come as {name: array} in torch's layout, y = W x + b.
-Blocks are called n = 1..L as in DAT; the names of their weights count from 0, so block n is `blocks.{n - 1}`.
+Nothing is shared with the real code: float64 numpy, a vector per token, Python loops over blocks, tokens and
+heads. Weights come as {name: array} in torch's layout, y = W x + b. Blocks are called n = 1..L as in DAT; the
+names of their weights count from 0, so block n is `blocks.{n - 1}`.
 """
-
 import math
 
 import numpy as np
@@ -19,12 +17,6 @@ def softmax(x):
     return e / np.sum(e)
 
 
-def layer_norm(x, weight, bias, eps=1e-5):
-    mean = sum(x) / len(x)
-    variance = sum((x - mean) ** 2) / len(x)
-    return (x - mean) / math.sqrt(variance + eps) * weight + bias
-
-
 def gelu(x):
     return np.array([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
 
@@ -33,25 +25,13 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def silu(x):
-    return x * sigmoid(x)
-
-
 def bce(logits, selected):
-    """Summed binary cross-entropy (MoD 3.5).
-
-    log sigmoid(g) = -log(e^0 + e^-g) and log(1 - sigmoid(g)) = -log(e^0 + e^g).
-    """
-    total = 0.0
-    for g, y in zip(logits, selected, strict=True):
-        total += np.logaddexp(0, -g) if y else np.logaddexp(0, g)
-    return float(total)
+    """Summed binary cross-entropy (MoD 3.5): -log sigmoid(g) if selected, else -log(1 - sigmoid(g))."""
+    return sum(-math.log(sigmoid(g) if y else 1 - sigmoid(g)) for g, y in zip(logits, selected, strict=True))
 
 
 class Reference:
     def __init__(self, weights, n_layer, n_head, capacity=0.125, gate="raw"):
-        if gate not in ("raw", "sigmoid"):
-            raise ValueError(f"unknown gate {gate!r}")
         self.weights, self.n_layer, self.n_head = weights, n_layer, n_head
         self.capacity, self.gate = capacity, gate
         self.exits = [n for n in range(1, n_layer + 1) if f"classifiers.norms.{n}.weight" in weights]
@@ -62,7 +42,9 @@ class Reference:
         return self.weights[name + ".weight"] @ x + self.weights[name + ".bias"]
 
     def norm(self, name, x):
-        return layer_norm(x, self.weights[name + ".weight"], self.weights[name + ".bias"])
+        centred = x - sum(x) / len(x)
+        deviation = math.sqrt(sum(centred**2) / len(x) + 1e-5)
+        return centred / deviation * self.weights[name + ".weight"] + self.weights[name + ".bias"]
 
     def is_routed(self, n):
         return f"blocks.{n - 1}.router.weight" in self.weights
@@ -75,30 +57,25 @@ class Reference:
 
     def rotate(self, x, position):
         """RoPE: in each head, channels 2i and 2i + 1 are turned by position / 10000^(2i / head size)."""
-        out, size = x.copy(), len(x) // self.n_head
-        for start in range(0, len(x), size):
-            for i in range(0, size, 2):
-                angle, a, b = position / 10000 ** (i / size), x[start + i], x[start + i + 1]
-                out[start + i] = a * math.cos(angle) - b * math.sin(angle)
-                out[start + i + 1] = a * math.sin(angle) + b * math.cos(angle)
-        return out
+        size = len(x) // self.n_head
+        angle = position / 10000 ** (np.arange(0, len(x), 2) % size / size)
+        turned = (x[::2] + 1j * x[1::2]) * np.exp(1j * angle)
+        return np.stack([turned.real, turned.imag], 1).ravel()
 
     def key_value(self, n, x, position):
         """What block n remembers of a token whose state below the block is x."""
-        three = self.linear(self.name(n) + ".attn.qkv", self.norm(self.name(n) + ".ln1", x))
-        _, key, value = np.split(three, 3)
+        name = self.name(n)
+        _, key, value = np.split(self.linear(name + ".attn.qkv", self.norm(name + ".ln1", x)), 3)
         return self.rotate(key, position), value
 
     def attend(self, query, memory):
         """softmax(q k / sqrt(head size)) v in each head; memory: the (key, value) pairs that are seen."""
-        size = len(query) // self.n_head
-        heads = np.zeros(len(query))
-        for head in range(self.n_head):
-            s = slice(head * size, (head + 1) * size)
+        size, heads = len(query) // self.n_head, []
+        for start in range(0, len(query), size):
+            s = slice(start, start + size)
             p = softmax([query[s] @ key[s] / math.sqrt(size) for key, _ in memory])
-            for j, (_, value) in enumerate(memory):
-                heads[s] += p[j] * value[s]
-        return heads
+            heads.extend(p @ [value[s] for _, value in memory])
+        return np.array(heads)
 
     def update(self, n, x, position, memory):
         """f(x) = a + m of block n, a = Attn(LN1(x)), m = MLP(LN2(x + a)); memory: the (key, value) pairs."""
@@ -106,8 +83,7 @@ class Reference:
         query = self.rotate(self.linear(name + ".attn.qkv", self.norm(name + ".ln1", x))[: len(x)], position)
         a = self.linear(name + ".attn.proj", self.attend(query, memory))
         hidden = gelu(self.linear(name + ".mlp.fc", self.norm(name + ".ln2", x + a)))
-        m = self.linear(name + ".mlp.proj", hidden)
-        return a + m
+        return a + self.linear(name + ".mlp.proj", hidden)
 
     def router_weight(self, n, x):
         """MoD 3.4: the router's r = w . x."""
@@ -118,17 +94,22 @@ class Reference:
         name = f"blocks.{n - 1}.predictor"
         if name + ".0.weight" not in self.weights:
             return self.router_weight(n, x)
-        return float(self.linear(name + ".2", silu(self.linear(name + ".0", x)))[0])
+        hidden = self.linear(name + ".0", x)
+        return float(self.linear(name + ".2", hidden * sigmoid(hidden))[0])
 
-    def gate_of(self, r):
-        return r if self.gate == "raw" else sigmoid(r)
+    def run(self, n, x, position, memory):
+        """Block n of one token, whose key and value are added to `memory` -> its next state."""
+        memory.append(self.key_value(n, x, position))
+        f = self.update(n, x, position, memory)
+        if not self.is_routed(n):
+            return x + f
+        r = self.router_weight(n, x)  # MoD 3.4, equation 1: x + gate(r) f(x)
+        return x + (r if self.gate == "raw" else sigmoid(r)) * f
 
     def logits(self, n, x):
         """DAT 2.1: exit n, W_n LN_n(h^n)."""
-        name = "classifiers.weights.tied"
-        if name not in self.weights:
-            name = f"classifiers.weights.{n}"
-        return self.weights[name] @ self.norm(f"classifiers.norms.{n}", x)
+        kind = "tied" if "classifiers.weights.tied" in self.weights else n
+        return self.weights[f"classifiers.weights.{kind}"] @ self.norm(f"classifiers.norms.{n}", x)
 
     # ---- training: all tokens of one sequence, block after block
 
@@ -141,83 +122,66 @@ class Reference:
         return self.forward(ids, self.top_k)
 
     def forward(self, ids, select):
-        """Training under a routing rule, select(r of T tokens) -> the places of those that run.
-
-        States h^0..h^L, each (T, C); visited, r, causal logits (T, L), with nan for dense blocks.
-        """
+        """Training under a rule, select(r of T tokens) -> the places of those that run. Gives h^0..h^L, each
+        (T, C); visited, r, causal logits (T, L), nan in dense blocks."""
         T, L = len(ids), self.n_layer
         visited = np.zeros((T, L), dtype=bool)
-        r, logits = np.full((T, L), np.nan), np.full((T, L), np.nan)
-        states = [np.array([self.embed(ids[t]) for t in range(T)])]
+        r, logits = np.full((2, T, L), np.nan)
+        states = [np.array([self.embed(token) for token in ids])]
         for n in range(1, L + 1):
-            x = states[-1]
-            chosen = list(range(T))
+            x, chosen = states[-1], range(T)
             if self.is_routed(n):
                 for t in range(T):
                     r[t, n - 1] = self.router_weight(n, x[t])
                     logits[t, n - 1] = self.causal_logit(n, x[t])
                 chosen = sorted(select(r[:, n - 1]))  # back in order of time
-            memory = {t: self.key_value(n, x[t], t) for t in chosen}
-            out = x.copy()  # MoD 3.4: a token that is not selected keeps x
+            out, memory = x.copy(), []  # MoD 3.4: a token that is not selected keeps x
             for t in chosen:
                 visited[t, n - 1] = True
-                f = self.update(n, x[t], t, [memory[j] for j in chosen if j <= t])
-                # MoD 3.4, equation 1: x + gate(r) f(x); a dense block is x + f(x)
-                out[t] = x[t] + (self.gate_of(r[t, n - 1]) * f if self.is_routed(n) else f)
+                out[t] = self.run(n, x[t], t, memory)
             states.append(out)
         return states, visited, r, logits
 
     def losses(self, ids, targets, select=None):
         """DAT 2.2: {n: -LL^n} in nats, LL^n = sum_t log p(target_t | h_t^n), no token exiting early."""
         states = self.forward(ids, select or self.top_k)[0]
-        nll = {}
+        nll = dict.fromkeys(self.exits, 0.0)
         for n in self.exits:
-            nll[n] = 0.0
             for x, target in zip(states[n], targets, strict=True):
                 nll[n] -= math.log(softmax(self.logits(n, x))[target])
         return nll
 
     # ---- decoding: one token through all its blocks, then the next
 
-    def run(self, n, h, position, memory):
-        """Block n of one token, its key and value added to `memory` -> h^n, or None if it is skipped."""
-        # MoD 3.5: the predictor decides alone, on this token alone; no capacity and no top-k here
-        if self.is_routed(n) and self.causal_logit(n, h) <= 0:
-            return None
-        memory.append(self.key_value(n, h, position))
-        f = self.update(n, h, position, memory)
-        # MoD 3.5: the predictor only opens the way, the factor is still the router's
-        return h + (self.gate_of(self.router_weight(n, h)) * f if self.is_routed(n) else f)
+    def is_skipped(self, n, h):
+        """MoD 3.5: the predictor decides alone, on this token alone; no capacity and no top-k here."""
+        return self.is_routed(n) and self.causal_logit(n, h) <= 0
 
     def decode(self, ids, rule, exited_kv="copy"):
         """Read ids one by one; rule(n, logits, h^n) says after block n < L whether this token exits there.
 
         exited_kv: in the blocks above, "copy": keys and values of the copied state; "compute": the token runs
         these blocks after all, so that its keys and values are the true ones.
-        Gives logits (T, V) at the exits, exit_at (T,) in 1..L, visited (T, L), cached entries per block (L,).
-        """
-        T, L = len(ids), self.n_layer
+        Gives logits (T, V) at the exits, exit_at (T,) in 1..L, visited (T, L), cached entries per block."""
+        T, L, exit_at, out = len(ids), self.n_layer, [], []
         caches = {n: [] for n in range(1, L + 1)}
         visited = np.zeros((T, L), dtype=bool)
-        exit_at, out = [], []
         for t in range(T):
             h = self.embed(ids[t])
             for n in range(1, L + 1):
-                after = self.run(n, h, t, caches[n])
-                visited[t, n - 1] = after is not None
-                h = h if after is None else after
+                visited[t, n - 1] = not self.is_skipped(n, h)
+                if visited[t, n - 1]:
+                    h = self.run(n, h, t, caches[n])
                 # DAT 3.2: exit at the first n that the rule accepts, else at L
                 if n == L or (n in self.exits and rule(n, self.logits(n, h), h)):
                     break
             exit_at.append(n)
             out.append(self.logits(n, h))
             for higher in range(n + 1, L + 1):
-                if exited_kv == "compute":
-                    after = self.run(higher, h, t, caches[higher])
-                    h = h if after is None else after
+                if exited_kv == "compute" and not self.is_skipped(higher, h):
+                    h = self.run(higher, h, t, caches[higher])
                 # DAT 2: the state is copied upward; each higher block applies its own projections to it.
-                # A routed block has not seen this token and keeps nothing (our reading: DAT has none).
-                elif not self.is_routed(higher):
+                # A routed block keeps nothing of this token (our reading: DAT has none).
+                if exited_kv == "copy" and not self.is_routed(higher):
                     caches[higher].append(self.key_value(higher, h, t))
-        cached = np.array([len(caches[n]) for n in range(1, L + 1)])
-        return np.array(out), np.array(exit_at), visited, cached
+        return np.array(out), np.array(exit_at), visited, [len(cache) for cache in caches.values()]

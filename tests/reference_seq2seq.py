@@ -58,39 +58,23 @@ class Translator(Reference):
         self.read(source_ids)
         return super().forward_top_k(ids)
 
-    def decode(self, ids, rule, source_ids):
+    def decode(self, ids, rule, source_ids, exited_kv="copy"):
         """As without a source: logits (T, V) at the exits, exit_at (T,), visited (T, L), entries of
         self-attention's caches (L,). DAT 2.2: copied states fill these; the source's are whole."""
         self.read(source_ids)
-        return super().decode(ids, rule)
+        return super().decode(ids, rule, exited_kv)
 
 
 # ---- translating: every new token reads the source and all written tokens again
 
 
-def next_log_probabilities(translator, source_ids, rule, eos_id, written):
-    """log p(v | written, source) for all v; the first token read is eos_id."""
-    return log_softmax(translator.decode([eos_id, *written], rule, source_ids)[0][-1])
-
-
-def greedy(translator, source_ids, rule, eos_id, longest):
-    """The most likely token each time, up to and with eos_id or to `longest` tokens."""
-    written = []
-    while len(written) < longest and eos_id not in written:
-        logp = next_log_probabilities(translator, source_ids, rule, eos_id, written)
-        written.append(int(np.argmax(logp)))
-    return written
-
-
-def beam(translator, source_ids, rule, eos_id, longest, width, length_penalty, read=None):
-    """DAT 4 (beam 4 or 5): [(log p / length^length_penalty, written)], best first. read: a list to which
-    every text that was read is added, once for its last token."""
-    live, finished, read = [(0.0, ())], [], [] if read is None else read
+def beam(translator, source_ids, rule, eos_id, longest, width, length_penalty):
+    """DAT 4 (beam 4 or 5): (log p / length^length_penalty, written) of the best; eos_id is read first."""
+    live, finished = [(0.0, ())], []
     for step in range(1, longest + 1):
         candidates = []
         for total, written in live:
-            read.append([eos_id, *written])
-            logp = next_log_probabilities(translator, source_ids, rule, eos_id, written)
+            logp = log_softmax(translator.decode([eos_id, *written], rule, source_ids)[0][-1])
             for token in range(len(logp)):
                 candidates.append((total + float(logp[token]), (*written, token)))
         candidates.sort(key=lambda c: -c[0])
@@ -103,22 +87,7 @@ def beam(translator, source_ids, rule, eos_id, longest, width, length_penalty, r
                 live.append((total, written))
         if len(finished) >= width:
             break
-    return sorted(finished, key=lambda f: -f[0])[:width]
-
-
-def best_of_all(translator, source_ids, rule, eos_id, longest, length_penalty, total=0.0, written=()):
-    """(score, tokens) of the best of all outputs that go on from `written`, whose log p is `total`."""
-    best = (-math.inf, ())
-    logp = next_log_probabilities(translator, source_ids, rule, eos_id, written)
-    for token in range(len(logp)):
-        longer, both = (*written, token), total + float(logp[token])
-        if token == eos_id or len(longer) == longest:
-            output = (both / len(longer) ** length_penalty, longer)
-        else:
-            output = best_of_all(translator, source_ids, rule, eos_id, longest, length_penalty, both, longer)
-        if output[0] > best[0]:
-            best = output
-    return best
+    return max(finished, key=lambda f: f[0])
 
 
 # ---- costs of dense decoders; n counts from 0 here, as columns do

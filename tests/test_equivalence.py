@@ -2,22 +2,22 @@
 
 float64 throughout: decisions (exits, routes) must be equal, numbers close.
 """
-import itertools
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import reference
 import torch
-import torch.nn as nn
-from conftest import held, one_pass, texts, tiny, tiny_translator
+from conftest import FOUR, held, one_pass, texts, tiny, tiny_translator
 
 import decode
 import exits
 from data.batches import Batch
-from model import GPT, MLP, GPTConfig, position_ids
+from model import GPT, GPTConfig, position_ids
 from options import Options
 from routing import NO_POSITION, causal, predictor_loss, top_k
+from speculate import speculate
 from train import aligned
 
 MODELS = {
@@ -27,8 +27,8 @@ MODELS = {
     "sigmoid gate, separate classifiers": {"gate": "sigmoid", "classifier": "separate", "routed": "0,2,3"},
     "every block": {"routed": "all", "capacity": 0.5},
 }
-RULES = {"full": exits.full_depth, "fixed": exits.fixed_exit(2),
-         "confidence": exits.confidence([0.24, 0.2, 0.2]),
+RULES = {"full": exits.full_depth, "fixed": exits.fixed_exit(FOUR, 2),
+         "confidence": exits.confidence(FOUR, 0.24, 0.2, 0.2),
          "scattered": lambda state: (1000 * state.states[-1][..., 0]).remainder(1) < 0.3}     # no pattern
 both_kv = pytest.mark.parametrize("exited_kv", ["copy", "compute"])
 
@@ -56,7 +56,7 @@ def in_loops(rule):
 
     def one(n, logits, h):
         pos = torch.zeros(1, 1, dtype=torch.long)
-        state = exits.ExitState(lambda m, h: single(logits), None, pos, pos == 0)
+        state = exits.ExitState(lambda m, h: single(logits), pos, pos == 0)
         state.states = [single(h)] * n
         return bool(rule(state))
     return one
@@ -81,9 +81,9 @@ def same(a, b):
 
 
 def test_training_forward_is_the_papers(model):
-    """A fault in the block, the gate, the residual, the order or number of tokens selected [MoD eq. 1];
-    losses of the exits and of the predictor that differ from sums written out by hand."""
-    ids, targets = texts(), texts(2)
+    """A fault in the block, the gate, the residual, the order or number of tokens selected [MoD eq. 1], in a
+    batch or as decoding does it; losses of the exits and of the predictor that are not sums over rows."""
+    ids, targets, bce = texts(), texts(2), np.zeros(4)
     layers = list(model.run_layers(model.embed(ids), position_ids(ids)))
     for b, row in enumerate(ids.tolist()):
         states, visited, weights, logits = naive(model).forward_top_k(row)
@@ -97,8 +97,9 @@ def test_training_forward_is_the_papers(model):
             assert np.array_equal(routing.runs[b], visited[:, n])
             close(routing.weight[b].detach(), weights[:, n])
             close(routing.logit[b].detach(), logits[:, n])
-            of_row = routing._replace(runs=routing.runs[b], logit=routing.logit[b])
-            close(predictor_loss(of_row).item(), reference.bce(logits[:, n], visited[:, n]))
+            bce[n] += reference.bce(logits[:, n], visited[:, n])
+    close([0 if r.logit is None else predictor_loss(r).item() for _, r in layers], bce)
+    close(one_pass(model, ids, route=top_k).logits, model.classifiers(4, layers[-1][0]).detach())
 
 
 @both_kv
@@ -135,219 +136,122 @@ def test_any_chunking_of_the_prompt(model, rule, exited_kv):
 def test_a_row_beside_padding_is_the_row_alone(model, rule, exited_kv):
     """Padding or finished rows that are attended to, routed, counted, said to have exited, or that move the
     slots and pending tokens of other rows."""
-    rows, following = [[1, 2, 3], [6], [8, 9]], [[11, 12], [], [13, 14]]
-    cache, length = decode.Cache(model, 3, 5), torch.tensor([[3], [1], [2]])
-    first = decode.step(model, *decode.pad(rows, "cpu"), cache, rule, causal, exited_kv)
-    ids, pos = decode.pad(following, "cpu")                             # the second row has ended
-    later = torch.where(pos < NO_POSITION, pos + length, NO_POSITION)
-    second = decode.step(model, ids, later, cache, rule, causal, exited_kv)
+    rows, following = [[1, 2, 3], [6], [8, 9]], [[11, 12], [], [13, 14]]            # the second row has ended
+    cache, later = decode.Cache(model, 3, 5), torch.tensor([[3, 4], [NO_POSITION, NO_POSITION], [2, 3]])
+    outputs = [decode.step(model, *part, cache, rule, causal, exited_kv)
+               for part in (decode.pad(rows, "cpu"), (decode.pad(following, "cpu")[0], later))]
+    present = cache.pos < NO_POSITION
     for b, (row, tokens) in enumerate(zip(rows, following, strict=True)):
         alone = one_pass(model, torch.tensor([row + tokens]), rule, exited_kv=exited_kv)
-        present = [*range(len(row)), *range(3, 3 + len(tokens))]
-        absent = [c for c in range(5) if c not in present]
         for name in ("visited", "exit_at", "logits"):
-            ours = torch.cat([getattr(first, name), getattr(second, name)], 1)[b]
-            close(ours[present], getattr(alone, name)[0])
-            if name != "logits":
-                assert (ours[absent] == (4 if name == "exit_at" else 0)).all()
+            ours = torch.cat([getattr(output, name) for output in outputs], 1)[b]
+            close(ours[present[b]], getattr(alone, name)[0])
+            assert name == "logits" or (ours[~present[b]] == (4 if name == "exit_at" else 0)).all()
 
 
 def test_weights_are_the_routers(model):
-    """The weight of another block or row, or the predictor's logit; a weight where there is no router or the
-    block did not run."""
-    ids = texts()
-    with torch.no_grad():
-        layers = list(model.run_layers(model.embed(ids), position_ids(ids), route=causal))
-    for last in (2, 4):
-        exit_at = torch.tensor([last, 1, last]).unsqueeze(1).expand(3, 16)
-        weight = one_pass(model, ids, exits.forced_exits(exit_at)).weight
-        for n, (_, routing) in enumerate(layers):
-            expected = torch.full((3, 16), torch.nan)
-            if routing.weight is not None and n < last:
-                expected = routing.weight.float()
-                if n > 0:                           # of the state that the second row exited with
-                    expected[1] = (layers[0][0][1] @ model.blocks[n].router.weight[0]).float()
-            torch.testing.assert_close(weight[..., n], expected, equal_nan=True)
+    """The weight of another block or state, or the predictor's logit; a weight where there is no router or
+    the block did not run."""
+    ids, states = texts(), []
+    rule = RULES["scattered"]
+    weight = one_pass(model, ids, lambda state: states.append(state.states[-1]) or rule(state)).weight
+    states = [model.wte(ids).detach(), *states]
+    for n, block in enumerate(model.blocks):
+        expected = torch.full((3, 16), torch.nan)
+        if hasattr(block, "router"):
+            expected = (states[n] @ block.router.weight[0].detach()).float()
+        torch.testing.assert_close(weight[..., n], expected, equal_nan=True)
+    assert one_pass(model, ids, exits.fixed_exit(FOUR, 2)).weight[..., 2:].isnan().all()
 
 
 def test_batched_ragged_generation_is_single(model, rule):
     """Padding that is attended to, routed or counted; rows that share cache slots or random numbers; a greedy
-    text, exits or visits from the cache that are not those of one pass over the finished text."""
+    text, exits or visits from the cache that are not those of one pass over the finished text; rows that
+    ended still writing to the cache, or cutting the others off."""
     rows = [texts(seed=b, rows=1, T=T)[0].tolist() for b, T in enumerate((7, 1, 4))]
     for temperature in (0, 1.0):
-        batch = decode.generate(model, rows, 8, rule, temperature=temperature, top_k=9)
+        options = {"temperature": temperature, "top_k": 9}
+        batch = decode.generate(model, rows, 8, rule, **options)
+        end = batch[0].ids[-4]
+        stopped = decode.generate(model, rows, 8, rule, eos_id=end, **options)
         for b, (row, text) in enumerate(zip(rows, batch, strict=True)):
-            alone = decode.generate(model, [[0]] * b + [row], 8, rule, temperature=temperature, top_k=9)[b]
+            alone = decode.generate(model, [[0]] * b + [row], 8, rule, **options)[b]
             whole, T = one_pass(model, torch.tensor([text.ids]), rule), len(row)
             assert text.ids == alone.ids and text.prompt == T
-            for values in (alone.exit_at, whole.exit_at[0, :-1]):
-                assert np.array_equal(text.exit_at, values)
-            for values in (alone.visited, whole.visited[0, :-1]):
-                assert np.array_equal(text.visited, values)
+            for ours in (text, alone):
+                assert np.array_equal(ours.exit_at, whole.exit_at[0, :-1])
+                assert np.array_equal(ours.visited, whole.visited[0, :-1])
             if temperature == 0:
                 assert text.ids[T:] == whole.logits[0, T - 1:-1].argmax(-1).tolist()
+            until = text.ids.index(end, T) + 1 if end in text.ids[T:] else len(text.ids)
+            assert stopped[b].ids == text.ids[:until] and len(stopped[b].exit_at) == until - 1
 
 
-def test_what_cannot_be_decoded_is_refused():
-    """Positions clamped to the last one of the context; texts sampled with dropout."""
-    model, translator, ids, full = tiny(), tiny_translator(), texts(), exits.full_depth
-    with pytest.raises(ValueError, match="exceed the context of 24"):
-        model(texts(T=25))
-    memory = translator.encode(ids)
-    model.train()
-    translator.train()
-    for call in (lambda: one_pass(model, ids),
-                 lambda: decode.generate(model, [[1]], 3, full),
-                 lambda: decode.speculate(model, [1], 3, 1, 2),
-                 lambda: decode.beam_search(translator, [[1]] * 3, [3] * 3, full, 2, memory=memory),
-                 lambda: decode.translate(translator, ids.tolist(), 1, full)):
-        with pytest.raises(ValueError, match="eval"):
-            call()
-
-
-def test_a_row_that_ended_changes_nothing_for_the_others():
-    """Rows that ended still writing to the cache, or cutting the others off."""
-    model = tiny()
-    free = decode.generate(model, [[1], [2], [3]], 10, exits.full_depth, temperature=0)
-    end = free[0].ids[4]
-    stopped = decode.generate(model, [[1], [2], [3]], 10, exits.full_depth, temperature=0, eos_id=end)
-    for a, b in zip(free, stopped, strict=True):
-        expected = a.ids[: a.ids.index(end, 1) + 1] if end in a.ids[1:] else a.ids
-        assert b.ids == expected and len(b.exit_at) == len(b.ids) - 1
-    assert len(stopped[0].ids) < len(free[0].ids)
-
-
-@pytest.mark.parametrize("route", [top_k, causal])
-def test_a_step_at_full_depth_is_forward_and_a_batch_is_its_rows(model, route):
-    """Blocks that decode otherwise than they train; top-k of the flattened batch instead of each sequence."""
-    ids = texts()
-    whole = one_pass(model, ids, route=route)
-    close(whole.logits, model(ids, route).detach())
-    assert (whole.exit_at == 4).all()
-    for b in range(len(ids)):
-        alone = one_pass(model, ids[b:b + 1], route=route)
-        assert torch.equal(whole.visited[b:b + 1], alone.visited)
-        close(whole.logits[b:b + 1], alone.logits)
-
-
-def test_capacity_one_and_r_one_is_dense_bit_for_bit():
-    """[MoD eq. 1] residual doubled or scaled by r: x + r f(x) must be x + f(x) exactly at r = 1."""
-    routed, dense = tiny(capacity=1.0), tiny(routed="none")
-    weights = {k.replace(".block.", "."): v for k, v in routed.state_dict().items()}
-    dense.load_state_dict({k: weights[k] for k in dense.state_dict()})
-    for block in routed.blocks[1::2]:
-        block.gate = torch.ones_like
-    for m in (routed, dense):
-        m.float()
-    assert torch.equal(routed(texts()), dense(texts()))
-
-
-def test_gradients_exit_by_exit_are_those_of_the_sum(model, monkeypatch):
-    """The aligned loss walked back with one logits tensor alive, in chunks, is the naive sum of losses."""
+@pytest.mark.parametrize("kind", [*MODELS.values(), {"experts": 2, "noops": 1}], ids=str)
+def test_gradients_exit_by_exit_are_those_of_the_sum(kind, monkeypatch):
+    """The aligned loss walked back in chunks, with one logits tensor alive, that is not the naive sum; a
+    predictor's or a balance loss without its weight."""
     monkeypatch.setattr(exits, "CHUNK", 5 * 23)
-    ids, targets = texts(1), texts(2)
-    options = Options(exit_weights="sqrt(n)", predictor_loss=0.3)
-    sums = aligned(model, Batch(ids, targets, position_ids(ids)), 1 / ids.numel(), options)
-    ours = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    loss, w = 0, [n**0.5 for n in (1, 2, 3, 4)]
+    model, ids, targets, loss = tiny(**kind), texts(1), texts(2), 0
+    options = Options(exit_weights="sqrt(n)", predictor_loss=0.3, balance_loss=0.2)
+    total, sums = aligned(model, Batch(ids, targets, position_ids(ids)), 1 / ids.numel(), options)
+    total.backward()
+    ours = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
     for n, (h, routing) in enumerate(model.run_layers(model.embed(ids), position_ids(ids)), 1):
         of_exit = exits.token_losses(model.classifiers(n, h), targets).sum()
         close(of_exit.item(), sums[n - 1])
-        loss = loss + of_exit * w[n - 1] / sum(w)
+        loss = loss + of_exit * n**0.5 / (1 + 2**0.5 + 3**0.5 + 2)
         if routing.logit is not None:
             loss = loss + 0.3 * predictor_loss(routing)
+        if routing.balance is not None:
+            loss = loss + 0.2 * routing.balance
     (loss / ids.numel()).backward()
     theirs = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-    assert ours.keys() == theirs.keys()
-    for k in theirs:
-        close(ours[k], theirs[k])
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_a_model_in_bfloat16_decodes():
     """A rotary embedding or a routing rule that is made for other types."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=4, n_embd=32, block_size=256, capacity=0.5), 50).eval()
-    ids, low = texts(T=200, vocab=50), GPT(model.config, 50).eval()
-    low.load_state_dict(model.state_dict())
-    low.bfloat16()
+    ids, low = texts(T=200, vocab=50), deepcopy(model).bfloat16()
     for route in (top_k, causal):
         expected = model(ids, route)
         for logits in (low(ids, route), one_pass(low, ids, route=route).logits):
             assert logits.dtype == torch.bfloat16 and (logits - expected).norm() < 0.05 * expected.norm()
-    row = decode.generate(low, [[1, 2], [3]], 20, exits.confidence([0.03] * 3), exited_kv="compute")[0]
-    assert len(row.ids) == 22 and len(decode.speculate(low, [1, 2], 20, 1, 3).text.ids) == 22
+    row = decode.generate(low, [[1, 2], [3]], 20, exits.confidence(FOUR, 0.03), exited_kv="compute")[0]
+    assert len(row.ids) == 22 and len(speculate(low, [1, 2], 20, 1, 3)[0].ids) == 22
 
 
-# ----------------------------------------------------------------------------- modules are called as modules
+OURS = ["blocks.0.mlp", "blocks.0.cross", "blocks.1.block.attn.qkv", "blocks.2.attn", "blocks.1.predictor"]
+ALL = [*OURS, "blocks.1.router", "blocks.1.predictor.1", "classifiers.norms.4"]     # torch's: not compiled
 
 
-def passes(model, ids):
-    """Logits of decoding in two calls, and of the training form."""
-    yield by_steps(model, ids, exits.full_depth, [10, 6])[0].logits
-    yield model.train()(ids)
-    model.eval()
-
-
-OURS = ["blocks.0.mlp", "blocks.1.block.attn.qkv", "blocks.2.attn.proj", "blocks.1.predictor"]
-TORCHS = ["blocks.1.router", "blocks.1.predictor.1", "classifiers.norms.4"]      # the compiler skips these
-
-
-@pytest.mark.parametrize("part, how", [*itertools.product(OURS + TORCHS, ["hook", "pre-hook", "forward"]),
-                                       *itertools.product(OURS, ["compiler"])])
-def test_a_watched_module_is_called(part, how):
-    """A call that goes around hooks, a forward of the user's own or the compiler, in decoding or training."""
-    def saw(*args):
-        seen.append(args)
-
-    def compiled(graph, _):
-        return lambda *args: saw() or graph(*args)
-
-    model, ids, seen = tiny(capacity=1.0), texts(), []
-    expected, module = list(passes(model, ids)), model.get_submodule(part)
-    if how == "forward":
-        forward, module.forward = module.forward, lambda *args: saw() or forward(*args)
-    elif how == "compiler":
-        torch.compiler.reset()
-        module.compile(backend=compiled)
-    else:
-        (module.register_forward_hook if how == "hook" else module.register_forward_pre_hook)(saw)
-    for logits, unwatched in zip(passes(model, ids), expected, strict=True):
-        close(logits.detach(), unwatched.detach())
-        assert seen
-        seen.clear()
-
-
-@pytest.mark.parametrize("kind", [tiny, tiny_translator])
-def test_what_a_hook_keeps_stays_as_it_was(kind):
-    """An output of a module, such as block.mlp's, that is overwritten in place afterwards."""
-    def keep(module, args, output):
-        if isinstance(output, torch.Tensor):
+@pytest.mark.parametrize("how, parts", [("hook", ALL), ("forward", ALL), ("compiler", OURS)])
+def test_modules_are_called_as_modules(how, parts):
+    """A call that goes around hooks, a forward of the user's own, another activation or the compiler, in
+    decoding or training; an output that is overwritten in place afterwards."""
+    def watch(name, module, forward):
+        def saw(*args):
+            seen.add(name)
+            output = args[-1][0] if how == "compiler" else args[-1]
             kept.append((output, output.detach().clone()))
+            return args[-1]
+        if how == "hook":
+            module.register_forward_hook(saw)
+        elif how == "forward":
+            module.forward = lambda *args: saw(forward(*args))
+        else:
+            module.compile(backend=lambda graph, _: lambda *args: saw(graph(*args)))
 
-    model, kept, ids = kind(experts=2, noops=1), [], texts()
-    for module in model.modules():
-        module.register_forward_hook(keep)
-    memory = model.encode(ids) if kind is tiny_translator else None
-    by_steps(model, ids, RULES["scattered"], [10, 6], memory)
-    aligned(model, Batch(ids, ids, position_ids(ids), memory and (ids, position_ids(ids))), 1.0, Options())
-    assert len(kept) > 100 and all(torch.equal(output, copy) for output, copy in kept)
-
-
-def test_a_replaced_activation_changes_the_causal_logit():
-    """A predictor whose layers are computed by name, so that another SiLU does nothing."""
-    model, ids = tiny(), texts()
-    block, x, pos = model.blocks[1], model.wte(ids), position_ids(ids)
-    before = block(x, pos)[1].logit
-    block.predictor[1] = nn.Tanh()
-    for cache in (None, decode.Cache(model, *ids.shape).layers[1]):
-        after = block(x, pos, None, cache)[1].logit
-        assert torch.equal(after, block.predictor(x).squeeze(-1)) and not torch.allclose(before, after)
-
-
-def test_a_new_forward_of_a_class_is_called(monkeypatch):
-    """The forward that a class had when it was first decoded with."""
-    model, ids = tiny(), texts()
-    before = one_pass(model, ids, route=top_k).logits
-    monkeypatch.setattr(MLP, "forward", lambda self, x: 0 * x)
-    assert not torch.equal(one_pass(model, ids, route=top_k).logits, before)
+    torch.compiler.reset()
+    model, ids, kept = tiny_translator(capacity=1.0), texts(), []
+    for name in parts:
+        watch(name, model.get_submodule(name), model.get_submodule(name).forward)
+    for run in (lambda: by_steps(model, ids, exits.full_depth, [10, 6], model.encode(ids)),
+                lambda: model.train()(ids, memory=model.encode(ids))):
+        seen = set()
+        run()
+        assert seen == set(parts)
+    assert all(torch.equal(output, copy) for output, copy in kept)

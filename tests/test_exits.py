@@ -1,114 +1,46 @@
-"""Exit classifiers, weights, and what a halting rule can see and say [DAT]."""
+"""Exit classifiers, weights, what a halting rule can see [DAT], sampling, and what decoding refuses."""
 import numpy as np
 import pytest
 import torch
-from conftest import V, held, texts, tiny, tiny_translator
-from reference import softmax
+from conftest import FOUR, one_pass, texts, tiny, tiny_translator
 from test_equivalence import by_steps, close, same
 from test_equivalence import naive as loops_of
 from test_translation import END, loops, search
 
 import decode
 import exits
-from model import position_ids
-from routing import causal
+from speculate import speculate
 
 N = 4
 
 
-def read(model, ids, rule):
-    """One pass over ids (B,T)."""
-    return decode.step(model, ids, position_ids(ids), None, rule)
-
-
-def test_weights_are_the_five_of_the_paper_and_sum_to_one():
+@pytest.mark.parametrize("kind, weights", {"1": (1, 1, 1), "n": (1, 2, 3), "1/n": (6, 3, 2),
+                                           "sqrt(n)": (1, 2**0.5, 3**0.5),
+                                           "1/sqrt(n)": (1, 2**-0.5, 3**-0.5)}.items())
+def test_weights_are_the_five_of_the_paper_and_sum_to_one(kind, weights):
     """w_n forgotten in the denominator, or n counted from 0."""
-    assert exits.exit_weights("1", (1, 2, 3, 4)) == [0.25] * 4
-    assert exits.exit_weights("n", (1, 2, 3)) == [1 / 6, 2 / 6, 3 / 6]
-    assert exits.exit_weights("1/n", (1, 2)) == pytest.approx([2 / 3, 1 / 3])
-    assert exits.exit_weights("sqrt(n)", (1, 4)) == pytest.approx([1 / 3, 2 / 3])
-    assert exits.exit_weights("1/sqrt(n)", (1, 4)) == pytest.approx([2 / 3, 1 / 3])
-    assert len(exits.WEIGHTS) == 5
+    expected = {n: w / sum(weights) for n, w in enumerate(weights, 1)}
+    assert exits.exit_weights(kind, (1, 2, 3)) == pytest.approx(expected)
 
 
-def test_confidence_exits_at_the_first_block_that_is_sure_enough():
-    """Thresholds of the wrong block, `>=`, or the last instead of the first block."""
-    model, ids = tiny(routed="none"), texts()
-    output = read(model, ids, exits.confidence([0.30, 0.45, 0.25]))
-    at_1 = read(model, ids, exits.fixed_exit(1))                # block 1 sees no copied state: comparable
-    first = at_1.logits.softmax(-1).amax(-1) > 0.30
-    assert torch.equal(output.exit_at == 1, first) and 0 < first.sum() < first.numel()
-    assert {1, 4} <= set(output.exit_at.flatten().tolist())
-    for tau, exit_at in (([1.0] * 3, N), ([0.0] * 3, 1)):       # p > 1 is impossible, p > 0 is certain
-        assert (read(tiny(), ids, exits.confidence(tau)).exit_at == exit_at).all()
-    pos = torch.zeros(1, 1, dtype=torch.long)                   # exactly as sure as the threshold: stays
-    state = exits.ExitState(lambda n, h: torch.zeros(1, 1, 2), None, pos, pos == 0)
-    state.states.append(torch.zeros(1, 1, 4))
-    assert not exits.confidence([0.5])(state) and exits.confidence([0.49])(state)
+def test_confidence_compares_with_the_threshold_of_its_block():
+    """Thresholds of the wrong block, or `>=`."""
+    pos = torch.zeros(1, 1, dtype=torch.long)
+    logits = torch.tensor([[[0.0, 0.0, -torch.inf]]])           # the most likely token has p = 1/2
+    state = exits.ExitState(lambda n, h: logits, pos, pos == 0)
+    for exiting in (False, False, True):
+        state.states.append(torch.zeros(1, 1, 4))
+        assert exits.confidence(FOUR, 0.6, 0.5, 0.4)(state).item() == exiting
 
 
-@pytest.mark.parametrize("e", [1, 2, 3, 4])
-def test_all_exits_at_e_are_the_model_cut_at_e(e):
-    """An exit that still runs blocks above it, or is read by the classifier of another."""
-    model, ids = tiny(), texts()
-    output = read(model, ids, exits.fixed_exit(e))
-    h, _ = list(model.run_layers(model.embed(ids), position_ids(ids), route=causal))[e - 1]
-    close(output.logits, model.classifiers(e, h).detach())
-    assert (output.exit_at == e).all() and not output.visited[..., e:].any()
-
-
-@pytest.mark.parametrize("classifier", ["tied", "separate"])
-def test_every_token_is_read_by_the_classifier_of_its_exit(classifier):
-    """The norm or the matrix of another exit, when the tokens of a call exit at different blocks."""
-    model, draw = tiny(classifier=classifier), torch.Generator().manual_seed(0)
-    states = [torch.randn(3, 7, 16, generator=draw, dtype=torch.float64) for _ in range(N)]
-    exit_at = torch.randint(1, N + 1, (3, 7), generator=draw)
-    with torch.no_grad():
-        logits = model.classifiers.at(exit_at, exit_at.unique().tolist(), states)
-        for b, t in np.ndindex(3, 7):
-            n = int(exit_at[b, t])
-            norm = model.classifiers.norms[str(n)]
-            close(logits[b, t], model.classifiers.weight(n) @ norm(states[n - 1][b, t]))
-
-
-def test_dense_blocks_above_an_exit_keep_the_copied_state_and_routed_ones_nothing():
-    """The two papers differ in what a token that does not run leaves behind; DAT's copies wait until a token
-    comes that deep, and are made once."""
-    model, ids = tiny(), texts(T=18)
-    cache = decode.Cache(model, 3, 18)
-
-    def go_on(part, rule):
-        decode.step(model, ids[:, part], position_ids(ids)[:, part], cache, rule)
-        return [layer.upto for layer in cache.layers][::2]
-    assert go_on(slice(16), exits.fixed_exit(1)) == [16, 0]
-    assert held(cache) == [[16] * 3, [0] * 3, [16] * 3, [0] * 3]
-    exit_at = torch.full((3, 18), 3)
-    exit_at[:, 1] = 1
-    assert go_on(slice(16, 17), exits.forced_exits(exit_at)) == [17, 17]
-    assert go_on(slice(17, 18), exits.fixed_exit(2)) == [18, 17]
-    alone, block, ids = decode.Cache(model, 3, 16), model.blocks[2], ids[:, :16]
-    with torch.no_grad():
-        h, _ = next(model.run_layers(model.embed(ids), position_ids(ids)))
-        alone.append(position_ids(ids))
-        block.residual(h, position_ids(ids), alone.layers[2])
-    close(cache.layers[2].kv[..., :16, :], alone.layers[2].kv[..., :16, :])
-
-
-def test_each_exit_has_its_own_norm_and_shares_or_owns_its_matrix():
+@pytest.mark.parametrize("kind, names", [("tied", {"tied"}), ("separate", {"1", "2", "3", "4"})])
+def test_each_exit_has_its_own_norm_and_shares_or_owns_its_matrix(kind, names):
     """Classifiers tied when they should be separate, or the other way round."""
-    for kind, matrices in (("tied", 0), ("separate", N)):
-        model = tiny(classifier=kind)
-        assert len(model.classifiers.norms) == N
-        own = [p for n, p in model.named_parameters()
-               if n.startswith("classifiers.weights") and p.shape == (V, 16)]
-        assert len(own) == matrices
-    model = tiny(classifier="tied")
-    assert model.classifiers.weights["tied"] is model.wte.weight
-    last = tiny(exits="last")
-    assert last.classifiers.blocks == (N,) and len(last.classifiers.norms) == 1
-
-
-# ----------------------------------------------------------------------------- what a rule can see
+    model = tiny(classifier=kind)
+    assert set(model.classifiers.weights) == names and len(model.classifiers.norms) == N
+    assert all((p is model.wte.weight) == (kind == "tied") for p in model.classifiers.weights.values())
+    last = tiny(exits="last", classifier=kind).classifiers
+    assert last.blocks == (N,) and len(last.norms) == len(last.weights) == 1
 
 
 def agree(state):
@@ -119,23 +51,23 @@ def agree(state):
 
 
 def agree_in_loops():
-    """The same for the loops, which know one token at a time."""
-    said = {}
+    """The same for the loops, for one token at a time."""
+    best = {}
 
     def one(n, logits, h):
-        said[n] = int(np.argmax(softmax(logits)))
-        return n > 1 and said[n] == said[n - 1]
+        best[n] = int(np.argmax(logits))
+        return n > 1 and best[n] == best[n - 1]
     return one
 
 
 @pytest.mark.parametrize("classifier", ["tied", "separate"])
-def test_a_rule_sees_what_the_block_before_said(classifier, monkeypatch):
+def test_a_rule_sees_the_logits_of_the_block_before(classifier, monkeypatch):
     """`states[-2]` that is h^1 and not h^(n-1), logits of exited or other tokens, logits made twice: in one
     pass, step by step and in a beam, against brute force."""
     made, honest = [], exits.Classifiers.forward
     monkeypatch.setattr(exits.Classifiers, "forward", lambda self, n, h: made.append(n) or honest(self, n, h))
     model, ids = tiny(vocab=5, classifier=classifier), texts(vocab=5)
-    whole = read(model, ids, agree)
+    whole = one_pass(model, ids, agree)
     assert len(made) == len(set(made)) == int(whole.exit_at.max())
     same(whole, by_steps(model, ids, agree)[0])
     for b, row in enumerate(ids.tolist()):
@@ -144,32 +76,20 @@ def test_a_rule_sees_what_the_block_before_said(classifier, monkeypatch):
         close(whole.logits[b], logits)
     assert {2, N} <= set(whole.exit_at.flatten().tolist())
     model, sources = tiny_translator(vocab=5, classifier=classifier), texts(9, vocab=5, T=6).tolist()
-    for ((best, *_), trace), source in zip(search(model, sources, agree, 3, [6] * 3), sources, strict=True):
+    for best, source in zip(search(model, sources, agree, 3), sources, strict=True):
         _, exit_at, visited, _ = loops(model).decode(best.ids[:-1], agree_in_loops(), source)
         assert best.ids[0] == END and np.array_equal(best.exit_at, exit_at)
         assert np.array_equal(best.visited, visited)
-        assert all(taken.classified == taken.exit_at for taken in trace)
+        assert np.array_equal(best.classified, exit_at)
 
 
 def test_a_rule_sees_the_states_of_every_block():
-    """A list that keeps the first and the last state alone; the state of an exited token that goes on."""
-    model, ids, seen = tiny(routed="none"), texts(), []
-
-    def rule(state):
-        assert state.n == len(state.states)
-        seen.append(list(state.states))
-        return exits.random_exit(N)(state)
-    exit_at = read(model, ids, rule).exit_at
-    layers = [h for h, _ in model.run_layers(model.embed(ids), position_ids(ids))]
-    assert [len(states) for states in seen] == [1, 2, 3]
-    close(seen[2][0], layers[0].detach())
-    for n in (1, 2):
-        stays = exit_at <= n
-        assert torch.equal(seen[2][n][stays], seen[2][n - 1][stays]) and torch.equal(seen[2][n], seen[n][n])
-        assert not torch.equal(seen[2][n][~stays], seen[2][n - 1][~stays])
-
-
-# ----------------------------------------------------------------------------- sampling
+    """A list that keeps the first and the last state alone, or whose states are overwritten."""
+    kept = []
+    one_pass(tiny(), texts(), lambda state: kept.append([*state.states]) or exits.random_exit(FOUR)(state))
+    assert [len(states) for states in kept] == [1, 2, 3]
+    assert kept[0][0] is kept[1][0] is kept[2][0] and kept[1][1] is kept[2][1]
+    assert not torch.equal(kept[2][0], kept[2][1]) and not torch.equal(kept[2][1], kept[2][2])
 
 
 def test_sampling_follows_the_distribution_it_is_given():
@@ -179,23 +99,31 @@ def test_sampling_follows_the_distribution_it_is_given():
 
     def sample(logits, temperature, top_k, u=u[:1]):
         return decode.sample_token(decode.next_token_probs(logits, temperature, top_k), u)
-    for temperature, top in ((1.0, None), (0.5, None), (1.0, 2), (2.0, 3)):
-        p = (logits / temperature).softmax(-1)
-        if top:
-            p = torch.where(logits >= logits.topk(top).values[0, -1], p, 0)
-            p = p / p.sum()
+    for temperature, top, kept in ((1.0, None, 4), (0.5, None, 4), (1.0, 2, 2), (2.0, 3, 3)):
+        likely = logits[0].topk(kept)
+        p = torch.zeros(5).double().index_copy(0, likely.indices, (likely.values / temperature).softmax(-1))
         share = torch.bincount(sample(logits.expand(len(u), -1), temperature, top, u), minlength=5) / len(u)
-        torch.testing.assert_close(share.double(), p[0], rtol=0, atol=2e-4)
+        torch.testing.assert_close(share.double(), p, rtol=0, atol=2e-4)
     assert sample(logits, 0, None) == 4 and sample(logits.float(), 1e-45, None) == 4        # no overflow
     assert sample(logits, 1.0, 1, u[-1:]) == 4
     assert sample(torch.tensor([[-torch.inf, 0.0, -torch.inf]]), 1.0, None) == 1
 
 
-def test_generate_refuses_what_cannot_be():
-    """An index error deep inside instead of a sentence."""
-    model = tiny()
-    with pytest.raises(ValueError, match="empty prompt"):
-        decode.generate(model, [[1], []], 3, exits.full_depth)
-    with pytest.raises(ValueError, match="exceed the context of 24"):
-        decode.generate(model, [[1] * 20], 5, exits.full_depth)
-    assert len(decode.generate(model, [[1] * 20], 4, exits.full_depth)[0].ids) == 24
+def test_what_cannot_be_decoded_is_refused():
+    """Positions clamped to the last one of the context; texts sampled with dropout; an empty prompt or a
+    draft that is an index error deep inside instead of a sentence."""
+    model, ids, full, long = tiny(), texts(), exits.full_depth, [1] * 20
+    training, translator = tiny().train(), tiny_translator().train()
+    for message, calls in {
+            "exceed the context of 24": [lambda: model(texts(T=25))],
+            "the context is 24": [lambda: decode.generate(model, [long], 5, full),
+                                  lambda: speculate(model, long, 5, 1, 2)],
+            "empty prompt": [lambda: decode.generate(model, [[1], []], 3, full)],
+            "cannot draft": [lambda: speculate(tiny(exits="last"), [1], 4, 2, 2)],
+            "eval": [lambda: one_pass(training, ids), lambda: decode.generate(training, [[1]], 3, full),
+                     lambda: speculate(training, [1], 3, 1, 2),
+                     lambda: decode.translate(translator, ids.tolist(), 1, full)]}.items():
+        for call in calls:
+            with pytest.raises(ValueError, match=message):
+                call()
+    assert len(decode.generate(model, [long], 4, full)[0].ids) == 24

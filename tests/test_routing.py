@@ -1,185 +1,84 @@
-"""Every fault of the open Mixture-of-Depths re-implementations that can be expressed here is caught.
-
-The numbers are the list in docs/papers.md, "What others got wrong". Faults 1 to 3 and 9 are also caught by
-the comparison with the loops in test_equivalence.py.
-"""
+"""Faults of the open Mixture-of-Depths re-implementations, numbered like the list in docs/papers.md (1 to 5:
+test_equivalence.py); rules of the user's own; the random control; reports."""
 import contextlib
 import inspect
 
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
-from conftest import held, one_pass, texts, tiny
-from test_equivalence import by_steps, close, naive
+from conftest import FOUR, one_pass, texts, tiny
+from test_equivalence import close, naive
 
 import decode
 import exits
+import speculate
 from data.batches import Batch
 from model import position_ids
-from routing import NO_POSITION, Routed, Routing, causal, confusion, places_of, predictor_loss, report, top_k
+from routing import NO_POSITION, Routing, causal, confusion, predictor_loss, report, top_k
 
 
-def routings(model, ids, route=top_k):
-    return [routing for _, routing in model.run_layers(model.embed(ids), position_ids(ids), route=route)]
-
-
-def sum_of_predictor_losses(model, ids):
-    return sum(predictor_loss(routing) for routing in routings(model, ids) if routing.logit is not None)
+def routings(model, ids):
+    return [routing for _, routing in model.run_layers(model.embed(ids), position_ids(ids))]
 
 
 def with_gradient(model):
     return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
 
 
-class Echo(nn.Module):
-    """A block whose update is 5; it notes what it was given."""
-
-    def residual(self, x, pos, cache, memory, route):
-        self.x, self.pos = x, pos
-        return torch.full_like(x, 5.0), None
-
-
-def routed(capacity=0.5, **options):
-    torch.manual_seed(0)
-    return Routed(Echo(), 8, capacity, **options).double()
+def test_1_capacity_one_with_weight_one_is_the_dense_model():
+    """1: the residual doubled or scaled, tokens in another order: bit for bit."""
+    model, dense = tiny(capacity=1.0, router="random", gate="one"), tiny(routed="none")
+    dense.load_state_dict({name.replace(".block.", "."): w for name, w in model.state_dict().items()})
+    assert torch.equal(model(texts()), dense(texts()))
 
 
-def states(B=2, T=6):
-    """x (B,T,8) and its positions 0..T-1."""
-    return torch.randn(B, T, 8, dtype=torch.float64), torch.arange(T).expand(B, T)
+@pytest.mark.parametrize("T", [*range(1, 13), 600])
+def test_6_exactly_k_tokens_and_of_equal_weights_the_earlier_ones(T):
+    """6: `weight > k-th weight` routes fewer than k; int(0.125 T) = 0 below 8 tokens. A selection that
+    differs between machines and batch sizes: torch.topk promises no order."""
+    runs, k = top_k(torch.zeros(2, T), None, torch.ones(2, T, dtype=torch.bool), 0.125), max(1, round(T / 8))
+    assert runs[:, :k].all() and not runs[:, k:].any()
 
 
-def test_1_2_3_10_a_routed_block_in_small():
-    """1: r (x + f) or 2x + ... instead of x + r f(x), with f = 5. 2, 3: selected tokens renumbered 0..k-1, or
-    handed on in order of weight. 10: a predictor fed the output, which a skipped token does not have."""
-    block, (x, _) = routed(), states()
-    pos = torch.tensor([[3, 4, 5, 9, 10, 11], [0, 1, 2, 3, 4, 5]])
-    out, routing = block(x, pos)
-    expected = x + torch.where(routing.runs, 5 * routing.weight, 0).unsqueeze(-1)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    for b in range(2):
-        assert block.block.pos[b].tolist() == pos[b][routing.runs[b]].tolist()
-        assert torch.equal(block.block.x[b], x[b][routing.runs[b]])
-    assert torch.equal(routing.logit, block.predictor(x).squeeze(-1))
+@pytest.mark.parametrize("function", [decode.step, decode.generate, decode.translate,
+                                      speculate.speculate])
+def test_7_decoding_compares_no_tokens(function):
+    """7: top-k while decoding runs every token, since the best of one token is that token."""
+    assert inspect.signature(function).parameters["route"].default is causal
 
 
-def test_2_a_routed_cache_keeps_the_original_positions():
-    """2: a cache that numbers its own slots."""
-    model, ids = tiny(), texts(rows=2)
-    cache = decode.Cache(model, 2, 16)
-    visited = one_pass(model, ids, cache=cache).visited[..., 1]
-    assert 0 < visited.sum() < 32
-    for b in range(2):
-        positions = visited[b].nonzero().squeeze(1).tolist()
-        assert cache.layers[1].pos[b, : len(positions)].tolist() == positions
-        assert (cache.layers[1].pos[b, len(positions):] == NO_POSITION).all()
-
-
-def test_4_the_gate_depends_on_one_token():
-    """4: a softmax over the sequence as gate: the weight of a token would change with the others'."""
-    block, (x, pos) = routed(capacity=1.0), states(B=1)
-    before, other = block(x, pos)[0], x.clone()
-    other[0, 5] += 1
-    after = block(other, pos)[0]
-    assert torch.equal(before[0, :5], after[0, :5]) and not torch.equal(before[0, 5], after[0, 5])
-
-
-def test_5_each_row_selects_and_learns_by_itself():
-    """5: targets or top-k of the flattened batch: row 0 has the largest weights, row 1 still selects k."""
-    weight = torch.stack([torch.arange(8.0) + 100, -torch.arange(8.0)])
-    runs = top_k(weight, weight, weight > -1e9, 3 / 8)
-    assert [row.nonzero().flatten().tolist() for row in runs] == [[5, 6, 7], [0, 1, 2]]
-    sure = torch.where(runs, 50.0, -50.0)
-    assert predictor_loss(Routing(runs, None, sure)) < 1e-6
-    assert predictor_loss(Routing(runs.flip(0), None, sure)) > 100
-
-
-def test_of_equal_weights_the_earlier_token_goes_first():
-    """A selection that differs between machines and batch sizes: torch.topk promises no order."""
-    runs = top_k(torch.zeros(2, 600), None, torch.ones(2, 600, dtype=torch.bool), 0.125)
-    assert runs[:, :75].all() and not runs[:, 75:].any()
-
-
-@pytest.mark.parametrize("T", range(1, 13))
-def test_6_exactly_k_tokens_even_when_all_weights_are_equal(T):
-    """6: `weight > k-th weight` routes fewer than k; int(0.125 T) = 0 below 8 tokens."""
-    block, (x, pos) = routed(capacity=0.125), states(T=T)
-    nn.init.zeros_(block.router.weight)
-    assert (block(x, pos)[1].runs.sum(1) == max(1, round(T / 8))).all()
-
-
-def test_7_a_single_token_can_be_skipped():
-    """7: top-k while decoding routes every token, since the best of one token is that token."""
-    visited = one_pass(tiny(), texts(rows=16, T=1)).visited[..., 1]
-    assert 0 < visited.float().mean() < 1
-    for function in (decode.step, decode.generate, decode.speculate, decode.beam_search, decode.translate):
-        assert inspect.signature(function).parameters["route"].default is causal
-
-
-def test_8_empty_slots_are_never_seen(monkeypatch):
-    """8: zero keys attended to: garbage in every slot that no token has filled must not change anything."""
-    def grow_by_garbage(layer, size, k):
-        before = 0 if layer.kv is None else layer.kv.size(3)
-        grow(layer, size, k)
-        layer.kv[:, :, :, before:] = 37.0
-
-    grow = decode.LayerCache.grow
-    monkeypatch.setattr(decode.LayerCache, "grow", grow_by_garbage)
-    model, ids = tiny(block_size=200), texts(rows=2, T=150)
-    whole, (steps, cache) = one_pass(model, ids), by_steps(model, ids, exits.full_depth)
-    monkeypatch.undo()
-    clean = one_pass(model, ids)
-    for output in (whole, steps):
-        close(output.logits, clean.logits)
-    assert torch.equal(torch.tensor(held(cache)).T, clean.visited.sum(1))               # (B,L)
-
-
-def test_keys_and_values_take_memory_as_tokens_come():
-    """Slots for a whole text in a block that runs part of it, or in one that no token reaches; or so few more
-    at a time that everything is copied again and again."""
-    model, ids = tiny(n_layer=4, block_size=512), texts(rows=2, T=400)
-    for rule, reached in ((exits.full_depth, 4), (exits.fixed_exit(2), 2)):
-        cache, sizes = decode.Cache(model, 2, 400), [set() for _ in range(4)]
+def test_8_keys_and_values_take_memory_as_tokens_come():
+    """8: empty slots that are seen. Slots for a whole text in a block that runs part of it, or in one that no
+    token reaches; or so few more at a time that everything is copied again and again."""
+    model, ids = tiny(block_size=512), texts(rows=2, T=400)
+    for rule, reached in ((exits.full_depth, 4), (exits.fixed_exit(FOUR, 2), 2)):
+        cache, sizes = decode.Cache(model, 2, 400), [set() for _ in range(reached)]
         for part in ids.split(2, 1):
-            decode.step(model, part, position_ids(part) + cache.end, cache, rule)
-            for layer, seen in zip(cache.layers[:reached], sizes, strict=False):
-                slots = 0 if layer.kv is None else layer.kv.size(3)
-                seen.add(slots)
-                assert max(layer.used) <= slots <= max(64, 2 * max(layer.used))
+            output = decode.step(model, part, position_ids(part) + cache.end, cache, rule)
+            for layer, seen in zip(cache.layers, sizes, strict=False):
+                seen.add(0 if layer.kv is None else layer.kv.size(3))
+                assert max(layer.used) <= max(seen) <= max(64, 2 * max(layer.used))
         assert all(layer.kv is None for layer in cache.layers[reached:])
-        assert cache.layers[1].kv.size(3) < cache.layers[0].kv.size(3) <= 512
-        assert all(len(seen) <= 5 for seen in sizes)
+        assert max(sizes[1]) < max(sizes[0]) <= 512 and all(len(seen) <= 5 for seen in sizes)
+        close(output.logits, one_pass(model, ids, rule).logits[:, -2:])
 
 
-def test_9_and_12_every_router_learns_from_the_language_model():
-    """9: a router whose weight multiplies nothing gets no gradient. 12: one router shared by all layers."""
-    model = tiny()
-    model(texts()).square().sum().backward()
-    assert {"blocks.1.router.weight", "blocks.3.router.weight"} <= with_gradient(model)
-    assert model.blocks[1].router.weight is not model.blocks[3].router.weight
-
-
-def test_10_the_predictor_is_an_mlp_behind_a_stop_gradient_and_gates_nothing():
-    """10: a linear predictor, one that trains the blocks, or one that replaces the gate."""
-    model, ids = tiny(), texts()
-    kinds = zip(model.blocks[1].predictor, [nn.Linear, nn.SiLU, nn.Linear], strict=True)
-    assert all(isinstance(m, kind) for m, kind in kinds)
-    sum_of_predictor_losses(model, ids).backward()
+@pytest.mark.parametrize("kind, loss, part, others", [("predictor", "of language", "router", True),
+                                                      ("predictor", "of routing", "predictor", False),
+                                                      ("router", "of routing", "router", True)])
+def test_9_10_12_what_learns_from_which_loss(kind, loss, part, others):
+    """9: a router whose weight multiplies nothing gets no gradient. 10: a linear predictor, one that trains
+    the blocks or learns from the language model; a router in its place that does not learn. 12: one router
+    for all layers."""
+    model = tiny(causal_logit=kind)
+    if loss == "of routing":
+        sum(predictor_loss(r) for r in routings(model, texts()) if r.logit is not None).backward()
+    else:
+        model(texts()).square().sum().backward()
     learns = with_gradient(model)
-    assert learns and all(".predictor." in name for name in learns)
-    before = model(ids)
-    for n in (1, 3):
-        nn.init.normal_(model.blocks[n].predictor[2].weight)
-    assert torch.equal(before, model(ids)) and not torch.equal(model(ids, causal), before)
-
-
-def test_10_without_a_predictor_the_router_itself_learns():
-    """The other way of the paper: the predictor loss reaches the router and the stream."""
-    model = tiny(causal_logit="router")
-    assert model.blocks[1].predictor is None
-    sum_of_predictor_losses(model, texts()).backward()
-    assert {"blocks.1.router.weight", "wte.weight"} <= with_gradient(model)
+    chosen = {name for name in learns if ".router." in name or ".predictor." in name}
+    assert chosen == {name for name, _ in model.named_parameters() if f".{part}." in name}
+    assert bool(learns - chosen) == others and len(chosen) == (2 if part == "router" else 8)
 
 
 def test_13_evaluation_measures_the_trained_model():
@@ -190,48 +89,29 @@ def test_13_evaluation_measures_the_trained_model():
     assert not torch.equal(model(ids, top_k), model(ids, causal))
 
 
-def changed(model, route, rule, cut):
-    """Largest change of anything before place `cut` when the tokens from it on are replaced."""
-    worst, moved = 0.0, False
-    for seed in range(6):
-        a, b = texts(seed, rows=4), texts(seed + 100, rows=4)
-        b[:, :cut] = a[:, :cut]
-        x, y = (one_pass(model, ids, rule, route) for ids in (a, b))
-        worst = max(worst, (x.logits - y.logits)[:, :cut].abs().max().item())
-        moved |= bool((x.visited != y.visited)[:, :cut].any())
-    return worst, moved
-
-
-@pytest.mark.parametrize("rule", [exits.full_depth, exits.confidence([0.3] * 3)], ids=["full", "confidence"])
+@pytest.mark.parametrize("rule", [exits.full_depth, exits.confidence(FOUR, 0.3)], ids=["full", "confidence"])
 @pytest.mark.parametrize("kind", ["predictor", "router"])
 def test_14_the_past_does_not_depend_on_the_future(kind, rule):
     """14: by perturbation, since selection has no gradient. Both causal logits hold, and top-k must leak."""
-    model = tiny(causal_logit=kind)
-    worst, moved = changed(model, causal, rule, cut=9)
-    assert worst < 1e-12 and not moved
-    worst, moved = changed(model, top_k, rule, cut=9)
-    assert worst > 1e-3 and moved
+    model, a = tiny(causal_logit=kind), texts(rows=24)
+    b = torch.cat([a[:, :9], texts(1, rows=24, T=7)], 1)
+    for route in (causal, top_k):
+        x, y = (one_pass(model, ids, rule, route) for ids in (a, b))
+        moved = (x.visited != y.visited)[:, :9].any()
+        change = (x.logits - y.logits)[:, :9].abs().max()
+        assert (moved and change > 1e-3) if route is top_k else (not moved and change < 1e-12)
 
 
 def test_tokens_that_are_not_live_are_left_out():
     """A token that has exited or is padding taking one of the k places, or standing before live ones."""
     weight = torch.tensor([[9.0, 1.0, 8.0, 2.0, 7.0]])
     live = torch.tensor([[False, True, True, True, False]])
-
-    def selected(route, *args):
-        mask, = route(*args)
-        return mask.nonzero().flatten().tolist()
-
-    for capacity, expected in ((2 / 3, [2, 3]), (0.8, [2, 3]), (1.0, [1, 2, 3])):      # of the 3 live ones
-        assert selected(top_k, weight, weight, live, capacity) == expected
-    assert selected(top_k, weight, weight, torch.zeros_like(live), 0.8) == []           # a row of padding
-    assert selected(causal, weight, weight - 1.5, live, 1) == [2, 3]
-    assert selected(causal, weight, -weight, live, 1) == []
-    places, runs = places_of(top_k(weight, weight, live, 0.8), 4)
-    assert places[0, :2].tolist() == [2, 3] and runs.tolist() == [[True, True, False, False]]
-    block, (x, pos) = routed(), states()
-    out, routing = block(x, pos, route=lambda *args: torch.zeros(2, 6, dtype=torch.bool))
-    assert torch.equal(out, x) and not routing.runs.any() and not hasattr(block.block, "x")
+    nothing = torch.zeros_like(live)
+    for route, logit, of, capacity, expected in (
+            (top_k, weight, live, 2 / 3, [2, 3]), (top_k, weight, live, 0.8, [2, 3]),       # of the 3 live
+            (top_k, weight, live, 1.0, [1, 2, 3]), (top_k, weight, nothing, 0.8, []),       # a row of padding
+            (causal, weight - 1.5, live, 1, [2, 3]), (causal, -weight, live, 1, [])):
+        assert route(weight, logit, of, capacity)[0].nonzero().flatten().tolist() == expected
 
 
 # ----------------------------------------------------------------------------- a rule of the user's own
@@ -239,7 +119,6 @@ def test_tokens_that_are_not_live_are_left_out():
 
 def above_mean(weight, logit, live, capacity):
     """Tokens whose weight is above the mean of their row."""
-    live = torch.ones_like(weight, dtype=torch.bool) if live is None else live
     mean = weight.masked_fill(~live, 0).sum(1, keepdim=True) / live.sum(1, keepdim=True)
     return live & (weight > mean)
 
@@ -254,9 +133,8 @@ def test_a_rule_of_the_users_own(options, monkeypatch):
     than the mask says; with padding, in the training form and as losses are measured."""
     model, ids, targets, lengths = tiny(**options).train(), texts(), texts(2), (16, 16, 9)
     pos = position_ids(ids)
-    live = pos < torch.tensor(lengths).unsqueeze(1)
-    padded = torch.where(live, pos, NO_POSITION)
-    layers = list(model.run_layers(model.embed(ids), padded, live, None, above_mean))
+    padded = torch.where(pos < torch.tensor(lengths).unsqueeze(1), pos, NO_POSITION)
+    layers = list(model.run_layers(model.embed(ids), padded, padded < NO_POSITION, None, above_mean))
     loops, losses, counts = naive(model), np.zeros(4), set()
     for b, T in enumerate(lengths):
         row, wanted = ids[b, :T].tolist(), targets[b, :T].tolist()
@@ -276,7 +154,37 @@ def test_a_rule_of_the_users_own(options, monkeypatch):
     assert f"blocks.{max(model.config.routed_blocks())}.router.weight" in with_gradient(model)
 
 
-# ----------------------------------------------------------------------------- reports and precision
+# ----------------------------------------------------------------------------- the random control
+
+
+def test_chance_is_even():
+    """Shares other than the capacity, blocks that agree, noise that does not follow the seed of torch."""
+    model, x = tiny(router="random", routed="all"), torch.zeros(1, 40_000, 16)
+    weights, logits = (torch.cat(t) for t in zip(*(block.score(x) for block in model.blocks), strict=True))
+    runs = logits > 0
+    assert ((runs.double().mean(1) - 0.25).abs() < 0.01).all() and weights.isfinite().all()
+    assert (weights.mean(1).abs() < 0.02).all() and ((weights.std(1) - 1).abs() < 0.02).all()
+    assert abs((runs[0] == runs[1]).double().mean() - (0.25**2 + 0.75**2)) < 0.02
+    visited = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        visited.append(one_pass(model, texts()).visited)
+    assert torch.equal(visited[0], visited[1]) and not torch.equal(visited[0], visited[2])
+
+
+@pytest.mark.parametrize("gate", ["raw", "one"])
+def test_the_control_is_top_k_of_noise(gate):
+    """Noise that repeats in training, a number of tokens other than k, a gate other than the weight or 1."""
+    model, x = tiny(router="random", gate=gate).train(), torch.randn(3, 16, 16, dtype=torch.float64)
+    block, pos, rows = model.blocks[1], torch.arange(16).expand(3, 16), torch.arange(3)[:, None]
+    (_, other), (y, routing) = block(x, pos), block(x, pos)
+    assert not torch.equal(routing.runs, other.runs)
+    places = routing.runs.nonzero()[:, 1].view(3, 4)
+    weight, least = routing.weight[rows, places].detach(), routing.weight[~routing.runs].view(3, 12)
+    assert (weight.amin(1) > least.amax(1)).all()
+    update, *_ = block.block.residual(x[rows, places], places)
+    close((y - x)[rows, places].detach(), (update * (weight[..., None] if gate == "raw" else 1)).detach())
+    assert not routing.logit.requires_grad and torch.isfinite(predictor_loss(routing))
 
 
 def test_the_report_counts():
@@ -290,8 +198,6 @@ def test_the_report_counts():
 
 def test_weights_keep_their_precision_under_autocast():
     """Decisions in bf16: near-ties flip."""
-    model, ids = tiny().float(), texts()
-    assert routings(model, ids)[1].weight.shape == (3, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = routings(model, ids)[1]
+        cast = routings(tiny().float(), texts())[1]
     assert cast.weight.dtype == cast.logit.dtype == torch.float32
