@@ -203,8 +203,8 @@ DAT_FIGURE = "bleu", "BLEU", {"exit": "exit (mean over output tokens)",
                               "mflops_needed": "decoder MFLOPs a sentence, copies counted where needed"}
 ISOFLOP_FIGURE = "held_out", "held-out loss (nats; MoD: causal routing)", {"parameters": "parameters",
     "relative": "forward FLOPs / best dense", "time": "measured training step / best dense"}
-SAMPLING_FIGURE = "model", "", {
-    "top_k": "held-out loss (nats a token): top-k, which sees the future", "held_out": "causal, as sampled"}
+SAMPLING_FIGURE = "held_out", "held-out loss (nats): causal, as sampled", {
+    "top_k": "held-out loss (nats): top-k, which sees the future"}
 EXPERIMENTS = {     # name -> points(scale, {point: its JSON} so far), tables, figure of the first table
     "dat": (dat_points, [DAT_TABLE], DAT_FIGURE),
     "mod-isoflop": (isoflop_points, [ISOFLOP_TABLE, ARM_TABLE], ISOFLOP_FIGURE),
