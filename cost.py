@@ -1,4 +1,5 @@
-"""What decoding costs, counted from `visited`: FLOPs (2 for a multiply-add, matrix products only) and bytes.
+"""FLOPs of training, from a config; FLOPs and bytes of decoding, from what each token ran. A multiply-add is
+2 FLOPs; matrix products only; `experts + noops` choices of an expert cost 2 C each.
 
     part         one token                                                            DAT, appendix B
     blocks       a block that ran: 8 C^2 + 4 d_ff C + 4 t C, t being the tokens       12 d^2 + 4 d_f d
@@ -55,9 +56,8 @@ def training(config, vocab_size, T):
 
 
 def attended(visited, dense):
-    """Keys that every token of a text attends to: visited (T,L), dense (L,) bool -> attended (T,L): tokens in
-    the block's cache, this one included, if all pending ones are made when a token comes that deep; pending
-    (T,L): how many of them this token had to make."""
+    """visited (T,L), dense (L,) bool -> keys (T,L) that a token attends to in each block that it ran, its own
+    included; pending (T,L): how many of them, in a dense block, are copies not yet projected when it ran."""
     place = np.arange(1, len(visited) + 1)[:, None]
     in_dense = np.maximum.accumulate(np.where(visited, place, 0))
     held = np.where(dense, in_dense, visited.cumsum(0))
@@ -72,8 +72,8 @@ def decoding(config, vocab_size, visited, exit_at, classified=None, predicted=No
 
     visited (T,L) bool, exit_at (T,); classified (T,): classifiers evaluated, None for one a token; predicted
     (T,): evaluations of the exit predictor; worked (T,L): blocks whose MLP ran, None for all visited; S:
-    source tokens, 0 for a GPT. copies: "paper", "needed" for those that a later token attends to, or
-    "computed": nothing is copied, the token runs the block after all when a later one goes that deep."""
+    source tokens, 0 for a GPT. copies: which are counted, "paper" (all), "needed" (those that a later token
+    attends to) or, for exited_kv="compute", "computed": the token runs the block once a later one does."""
     C, L, V, Ce = config.n_embd, config.n_layer, vocab_size, config.enc_embd if S else 0
     dense = np.array([n not in config.routed_blocks() for n in range(L)])
     keys, pending = attended(visited, dense)
@@ -90,13 +90,13 @@ def decoding(config, vocab_size, visited, exit_at, classified=None, predicted=No
     sources, arrived = visited.any(0).sum(), (~dense & (exit_at[:, None] > np.arange(L))).sum()
     choices = config.experts + config.noops if config.experts else 0
     attention = (12 if S else 8) * C * C + 2 * C * choices
-    weights = {     # FLOPs of products with parameters, each of which is read once a token
+    products = {    # FLOPs for one read of each parameter: "source" for one source token
         "blocks": runs * attention + mlps * 4 * config.mlp_units * C,
         "source": 4 * sources * C * Ce, "copies": 4 * C * C * made, "classifiers": 2 * classified * V * C,
         "router": arrived * router_flops(config), "predictor": 2 * looks * width}
     cache = 2 * C * (seen + runs * S + runs + made + sources * S)           # numbers read and written
-    moved = itemsize * (sum(weights.values()) / 2 + cache)
-    flops = weights | {"source": weights["source"] * S}
+    moved = itemsize * (sum(products.values()) / 2 + cache)
+    flops = products | {"source": products["source"] * S}
     flops["blocks"] += 4 * C * (seen + runs * S)
     share = (runs + made) / max(1, visited.size)
     return flops | {"flops": sum(flops.values()), "bytes": moved, "cache": share}

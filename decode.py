@@ -4,7 +4,7 @@ The papers differ in what a token that does not run a block leaves behind: an ex
 of its copied state in the dense blocks above [DAT 2], a token that skips a routed block has none [MoD 3.5].
 
 Synchronisations with the device in a step: one for each block under a halting rule (is any token live?),
-one for each routed block and a second if a token runs it, one for the exits; `generate`: one for logits.
+one for each routed block (two if a token runs it) or block with experts, one for the exits and for logits.
 """
 import math
 from typing import NamedTuple
@@ -38,8 +38,8 @@ class LayerCache:
         return torch.cat([cache.states[:, pending], x], 1), torch.cat([cache.pos[:, pending], pos], 1)
 
     def append(self, k, v, pos):
-        """k, v (B,nh,T,hs) at pos (B,T) -> those of all tokens so far (B,nh,M,hs), their pos (B,M)."""
-        B, T = pos.shape
+        """k, v (B,nh,P+T,hs) at pos (B,P+T) -> those of all tokens so far (B,nh,M,hs), their pos (B,M)."""
+        B, T = pos.shape        # here with the P pending ones
         self.grow(max(self.used) + T, k)
         if min(self.used) == max(self.used):            # a slice is faster than indices
             slots = slice(self.used[0], self.used[0] + T)
@@ -57,9 +57,9 @@ class LayerCache:
         """Grow the buffers to at least `size` slots, by doubling (copies them)."""
         if self.kv is None:
             self.kv = k.new_zeros(2, *k.shape[:2], 0, k.size(-1))
-        filled = self.kv.size(3)
-        if filled < size:
-            more = max(size - filled, filled, 64)
+        old = self.kv.size(3)
+        if old < size:
+            more = max(size - old, old, 64)
             self.kv = F.pad(self.kv, (0, 0, 0, more))
             self.pos = F.pad(self.pos, (0, more), value=NO_POSITION)
 
@@ -124,18 +124,18 @@ class StepOutput(NamedTuple):
 def run_block(model, n, x, live, cache, route, exited_kv="copy"):
     """Block n (from 1) on the tokens of the cache's call: x (B,T,C), live (B,T) -> (x, Routing).
 
-    exited_kv="compute": tokens that exited below it in earlier calls run it too, first in the Routing, and
-    those of this call go on after their exit."""
+    exited_kv="compute": the P tokens of earlier calls that exited below run it too, before the T of this
+    call, which all go on after their exit. The Routing then has P + T tokens."""
     block, layer, first = model.blocks[n - 1], cache.layers[n - 1], cache.start
     if exited_kv == "compute":
-        first, layer.upto = min(first, layer.upto), first       # no key or value of a copied state is pending
+        first, layer.upto = min(first, layer.upto), first       # so with_pending adds none
         x = torch.cat([cache.states[:, first:cache.start], x], 1)
         live = cache.pos[:, first:cache.end] < NO_POSITION
     x, routing = block(x, cache.pos[:, first:cache.end], live, layer, cache.memory, route)
     layer.upto = cache.end
-    late = cache.start - first
-    cache.states[:, first:cache.start] = x[:, :late]
-    return x[:, late:], routing
+    P = cache.start - first
+    cache.states[:, first:cache.start] = x[:, :P]
+    return x[:, P:], routing
 
 
 @torch.inference_mode()
@@ -143,25 +143,25 @@ def step(model, ids, pos, cache, rule, route=causal, exited_kv="copy"):
     """Run the tokens ids (B,T) at pos (B,T) under a halting and a routing rule -> StepOutput. cache None: a
     GPT scores a text by itself. Calls come in order of position. ValueError if the cache is full.
 
-    All tokens of the call at once equal token by token: block n reads states after block n - 1 only, and
-    those stay where a token has exited [DAT 2]. A block runs all rows as long as one token is live.
+    One call of T tokens equals T calls of one, under rules that look at one token: block n reads states after
+    block n - 1, which stay where a token has exited [DAT 2]. A block runs all rows while one token is live.
     exited_kv: what later tokens see of an exited one in the blocks above: "copy", keys and values of its
     copied state, as in the paper, or "compute", its true ones (`visited` is what it ran to be emitted)."""
     cache, L = cache or Cache(model, *pos.shape), len(model.blocks)
     cache.append(pos)
     x, pos = model.embed(ids), cache.pos[:, cache.start:cache.end]
     live, exit_at, none = pos < NO_POSITION, torch.full_like(pos, L), torch.zeros_like(pos, dtype=torch.bool)
-    called = slice(-pos.size(1), None)
-    visited, worked, weight = [none] * L, [none] * L, [none * torch.nan] * L        # of each block
+    this_call = slice(-pos.size(1), None)       # of a Routing, without pending tokens
+    visited, worked, weight = [none] * L, [none] * L, [torch.where(none, 0.0, torch.nan)] * L
     state = ExitState(model.classifiers, pos, live, cache.memory)
     for n in range(1, L + 1):
         x, routing = run_block(model, n, x, live, cache, route, exited_kv)
         state.states.append(x)
-        visited[n - 1] = worked[n - 1] = live & routing.runs[:, called]
+        visited[n - 1] = worked[n - 1] = live & routing.runs[:, this_call]
         if routing.worked is not None:
-            worked[n - 1] = visited[n - 1] & routing.worked[:, called]
+            worked[n - 1] = visited[n - 1] & routing.worked[:, this_call]
         if routing.weight is not None:
-            weight[n - 1] = routing.weight[:, called].float()
+            weight[n - 1] = routing.weight[:, this_call].float()
         if n < L and rule is not full_depth:
             exiting = live & rule(state)
             exit_at = exit_at.masked_fill(exiting, n)
@@ -183,7 +183,7 @@ def evaluate_loss(model, batches, context, stop=()):
         for i, batch in enumerate(batches):
             if stop:
                 return None
-            torch.manual_seed(i)                # the random control draws anew for every batch
+            torch.manual_seed(i)        # the random control draws the same for batch i in every evaluation
             batch, exits = batch.to(device), []
             with torch.no_grad(), context:
                 for n, (h, routing) in enumerate(model.run_batch(batch, ROUTES[name]), 1):
@@ -204,7 +204,7 @@ def pad(rows, device):
 
 def next_token_probs(logits, temperature, top_k=None):
     """logits (B,V) -> probabilities (B,V) in float64 on the CPU. temperature 0: 1 for the most likely token;
-    top_k: of so many most likely tokens only (None: all)."""
+    top_k (not the routing rule): without tokens less likely than the k-th (None: all)."""
     logits = logits.double().cpu()
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
@@ -220,7 +220,7 @@ def sample_token(probs, u):
     return torch.searchsorted(below, u.unsqueeze(1).to(below) * below[:, -1:], right=True).squeeze(1)
 
 
-COUNTED = "exit_at", "visited", "classified", "predicted"      # what StepOutput has for every token read
+COUNTED = "exit_at", "visited", "worked", "classified", "predicted"     # what a Generated keeps of StepOutput
 
 
 class Generated(NamedTuple):
@@ -229,7 +229,8 @@ class Generated(NamedTuple):
     prompt: int                 # tokens of the prompt
     exit_at: np.ndarray         # (len(ids) - 1,) in 1..L
     visited: np.ndarray         # (len(ids) - 1, L) bool
-    classified: np.ndarray | None = None    # (len(ids) - 1,), as StepOutput; None after drafts
+    worked: np.ndarray | None = None        # this and the next two as in StepOutput; None after drafts
+    classified: np.ndarray | None = None
     predicted: np.ndarray | None = None
     log_prob: float = math.nan  # of a translation: log-probability / length^length_penalty
 
@@ -260,7 +261,7 @@ def generate(model, prompts, max_new_tokens, rule, route=causal, temperature=1.0
     for i in range(max_new_tokens):
         token = sample_token(next_token_probs(logits, temperature, top_k), u[:, i])
         written.append(torch.where(active, token, -1))
-        active = active & (token != eos_id)
+        active = active & (token != eos_id)         # always, if eos_id is None
         if i + 1 == max_new_tokens or not active.any():
             break
         pos = torch.where(active, length + i, NO_POSITION).unsqueeze(1).to(device)
@@ -280,7 +281,7 @@ def generate(model, prompts, max_new_tokens, rule, route=causal, temperature=1.0
 @torch.inference_mode()
 def translate(model, sources, eos_id, rule, beam=5, length_penalty=1.0, route=causal, exited_kv="copy"):
     """Beam search: lists of source ids, eos_id the last of each -> for each the best Generated, which begins
-    with eos_id and has at most 2 S + 10 new tokens for S of the source.
+    with eos_id and has at most 2 S + 10 new tokens (and block_size - 1), S being those of the source.
 
     A step ranks all continuations of a source's hypotheses by summed log-probability: of the best `beam`,
     those that end in eos_id are finished; the best `beam` others go on. A source is done when `beam`

@@ -167,7 +167,7 @@ def forced(model, batches, names, trained, context, o, known):
     for name in names:
         arrays = known.get(name) or under_rule(model, batches, name, trained, context, o.exited_kv)
         mask = arrays["targets"] >= 0
-        texts = [({k: arrays[k][w, mask[w]] for k in (*COUNTED, "worked")}, S) for w, S in enumerate(sources)]
+        texts = [({k: arrays[k][w, mask[w]] for k in COUNTED}, S) for w, S in enumerate(sources)]
         rows.append({"rule": name, "loss": float(arrays["loss"][mask].mean()),
                      "right": float(arrays["right"][mask].mean()), "exited_kv": o.exited_kv,
                      **depth_and_cost(model, texts, o.exited_kv)})

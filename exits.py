@@ -5,12 +5,12 @@
     classifiers(n, h)   W_n h_t^n, logits of an anytime classifier        2.1
     exit_weights        w_n of the aligned loss                           2.2
     score   (B,T,N)     LL_t^n or C_t^n, what an oracle maximises         3.1, 3.2
-    exit_at (B,T)       q*_t, the oracle's exit, in 1..N                  3.1, 3.2
+    exit_at (B,T)       a token's exit, in 1..N: taken, drawn, or q*_t    3.1, 3.2
     exit_logit          logit of chi_t^n, "exit after block n"            3.2, geometric-like
     tau                 confidence thresholds, N-1 of them                3.2
 
 A halting rule is a function of tensors: rule(state) -> exits (B,T) bool, "this token exits after block
-state.n". Classifiers read the stream and change nothing in it. This file knows no model.
+state.n". Classifiers read the stream and change nothing in it. This file imports no model.
 """
 import torch
 import torch.nn as nn
@@ -66,11 +66,11 @@ def exit_loss(classifiers, n, h, targets, scale, label_smoothing=0.0):
     """Loss of the classifier after block n: h (...,C), targets (...), -1 at padding -> losses (...) in nats
     without label smoothing, is the most likely token the target (...), loss ().
 
-    Only a chunk of logits is alive at a time: it is walked back to h at once, which adds the gradient of
-    scale * sum of losses to the classifier's parameters. `loss` has the gradient of that sum with respect to
-    h (not its value), for the one backward pass through the blocks."""
+    Calls backward for each chunk of logits, so that one is alive at a time: the gradient of scale * sum of
+    losses is then in the classifier's parameters. Backward of `loss`, whose value means nothing, hands the
+    same gradient to h and the blocks."""
     size, parts = max(1, CHUNK // len(classifiers.weight(n))), []               # tokens a chunk
-    chunks = h.detach().flatten(0, -2).split(size), targets.flatten().split(size)
+    chunks = h.flatten(0, -2).split(size), targets.flatten().split(size)
     for states, wanted in zip(*chunks, strict=True):
         leaf = states.detach().requires_grad_()
         logits = classifiers(n, leaf)
@@ -85,9 +85,9 @@ def exit_loss(classifiers, n, h, targets, scale, label_smoothing=0.0):
 
 
 def balance_gradient(x, n, N, gamma):
-    """h^n, whose gradient is divided by gamma_n = gamma (N - n) on the way back [DAT appendix]: the N - n
-    losses above block n then weigh as much as its own. gamma_N = 1, where the paper's code divides by 0. The
-    loss of block n + m reaches block n times the product of 1 / gamma_i for i = n .. n + m - 1."""
+    """h^n, whose gradient is divided by gamma_n = gamma (N - n) on the way back [DAT appendix], N - n being
+    the number of losses above block n. gamma_N = 1: the printed formula would divide by 0. The loss of block
+    n + m reaches block n times the product of 1 / gamma_i for i = n .. n + m - 1."""
     factor = 1 / (gamma * (N - n)) if n < N else 1.0
     return factor * x + (1 - factor) * x.detach()
 
@@ -109,12 +109,12 @@ def oracle(score, mask, exit_cost, sigma=0.0, whole_sequence=False):
 
 
 class ExitPredictor(nn.Module):
-    """Predicts the exit with one linear layer [DAT 3]. N exits, C channels, Ce channels of the encoder.
+    """Predicts the exit with one linear layer, or one for each n < N [DAT 3]. Ce: channels of the encoder.
 
     sequence    softmax over N exits of the mean encoder output, one exit for the whole output [3.1]
     token       softmax over N exits of h^1, decided after block 1 [3.2]
     geometric   chi^n of h^n for n < N: q(n) = chi^n prod_{m<n} (1 - chi^m) [3.2]
-    binary      chi^n of h^n for n < N, each trained by itself: "n is the oracle's exit or above it"."""
+    binary      chi^n of h^n for n < N, N - 1 separate targets: is the oracle's exit n or below?"""
 
     def __init__(self, kind, N, C, Ce=None):
         super().__init__()
@@ -139,7 +139,7 @@ class ExitPredictor(nn.Module):
         return in_full_precision(self.linear[n - 1], h).squeeze(-1)
 
     def loss(self, states, memory, exit_at, mask):
-        """H(q*, q) [DAT 3] of h^1..h^N (B,T,C) and the oracle's exit_at (B,T), summed over mask (B,T)."""
+        """H(q*, q) [DAT 3] (binary: N - 1 of them), summed over mask (B,T): h^1..h^N, oracle's exit_at."""
         if self.kind in ("sequence", "token"):
             logits = self.multinomial(states[0], memory)
             mask = mask[:, :logits.size(1)]                     # sequence: the first token stands for its row
@@ -178,15 +178,15 @@ class ExitState:
         """(B,T) classifiers evaluated for each token."""
         return torch.stack([*self.asked.values()]).sum(0)
 
-    def logits(self, m=None):
+    def logits(self, m=None, tokens=None):      # tokens (B,T): those that it counts for; None: the live ones
         m = m or self.n
         if m not in self.computed:
             self.computed[m] = self.classifiers(m, self.states[m - 1])
-        self.asked[m] = self.asked.get(m, False) | self.live
+        self.asked[m] = self.asked.get(m, False) | (self.live if tokens is None else tokens)
         return self.computed[m]
 
     def emitted(self, exit_at):
-        """Logits (B,T,V) of every token at its exit, by one product if those can still be chosen."""
+        """Logits (B,T,V) of every token at its exit; one product if tied and none is computed yet."""
         exits = [n for n in exit_at.unique().tolist() if n <= self.n]           # not the L of padding
         here = {n: exit_at == n for n in exits}
         if self.classifiers.tied and not self.computed:
@@ -196,8 +196,7 @@ class ExitState:
             return linear(h, self.classifiers.weight(exits[0]))
         emitted = 0
         for n in exits:
-            self.live = here[n]
-            emitted = torch.where(here[n].unsqueeze(-1), self.logits(n), emitted)
+            emitted = torch.where(here[n].unsqueeze(-1), self.logits(n, here[n]), emitted)
         return emitted
 
 
@@ -246,9 +245,10 @@ def learned(model, threshold=0.5):
     """Exit where the model's ExitPredictor says [DAT 3]: at the most likely exit (sequence, token), decided
     once, or after the first block with chi > threshold (geometric, binary)."""
     predictor = model.exit_predictor
-    require(predictor is not None, "this run has no predictor of exits: train one, "
+    require(predictor is not None, "this run has no exit predictor: train one, "
             "--init_from THIS_RUN --exit_predictor geometric --objective exit_predictor")
     require(0 <= threshold <= 1, "a threshold is a probability, from 0 to 1")
+    require(threshold == 0.5 or predictor.kind in ("geometric", "binary"), "this predictor has no threshold")
 
     def rule(state):
         if predictor.kind in ("geometric", "binary"):
@@ -281,5 +281,6 @@ def parse_rule(name, model):
                 "this run has a classifier after its last block only, so no token can exit early: use --rule "
                 "full, or train with --exits all")
         return RULES[kind](model, *map(float, value.split(",") if value else []))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--rule {name}: {error}") from None
+    except (TypeError, ValueError) as error:        # UserError is a ValueError
+        why = "it takes other numbers after the colon" if isinstance(error, TypeError) else error
+        raise UserError(f"--rule {name}: {why}") from None

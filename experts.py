@@ -4,8 +4,8 @@
     integrated MoDE     --experts 4 --noops 4       a token that chooses a no-op expert skips the MLP
     staged MoDE         --experts 4 --routed odd    the tokens that a routed block runs choose an expert
 
-Every token chooses its most likely expert. Under `top_k` an expert drops all but the `capacity` most likely
-tokens of a sequence (static shapes, a look ahead); under any other rule, as when sampling, it takes them all.
+Every token chooses its most likely expert. Under `top_k` an expert keeps its most likely tokens, `capacity`
+times its even share of a sequence (static shapes; it reads later tokens), under any other rule all of them.
 """
 import torch
 import torch.nn as nn
@@ -28,8 +28,8 @@ class Experts(nn.Module):
         self.proj = nn.Parameter(torch.empty(experts, units, C))
 
     def forward(self, x, pos, route):
-        """x (B,T,C), pos (B,T) -> (B,T,C); which tokens ran an expert (B,T); the load-balancing loss (), of
-        which a token's share is 1 when all are chosen alike."""
+        """x (B,T,C), pos (B,T) -> (B,T,C); which tokens ran an expert (B,T); the load-balancing loss (),
+        summed over tokens: 1 for each if all experts and no-ops are chosen equally."""
         (B, T, C), E, present = x.shape, self.experts, pos < NO_POSITION
         p = in_full_precision(self.router, x).softmax(-1)                               # (B,T,E + noops)
         best = p.argmax(-1)

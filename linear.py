@@ -1,4 +1,4 @@
-"""Products with the one trick that decoding on a CPU is worth, and decisions in full precision."""
+"""Linear layers, faster for few tokens on AMD processors; routers and exit predictors outside autocast."""
 import platform
 import re
 from pathlib import Path
@@ -15,8 +15,8 @@ PROCESSOR = (re.findall(r"model name\s*: (.+)", CPU_INFO.read_text("utf-8") if C
 def linear(x, weight, bias=None):
     """F.linear: x (...,C), weight (out,C), bias (out,) -> (...,out).
 
-    BLAS gives the product of a matrix and a few vectors to one thread on AMD processors. As a batch of 8 row
-    blocks of the matrix all threads take part, in half the time (but not on Intel)."""
+    On AMD processors BLAS multiplies a matrix by a few vectors on one thread. A batch of 8 row blocks of the
+    matrix uses all threads, in half the time. On Intel it does not help."""
     (out, C), tokens = weight.shape, x.numel() // x.size(-1)
     if tokens > 8 or out % 8 or torch.is_grad_enabled() or not x.is_cpu or "AMD" not in PROCESSOR:
         return F.linear(x, weight, bias)

@@ -2,12 +2,12 @@
 exit (exits.py). The Seq2Seq is that GPT with an encoder, whose output every block attends to.
 
 B batch, T tokens of this call, S source tokens, C channels, nh heads, hs = C/nh head size, V vocabulary,
-L blocks, N exits, M tokens that attention sees. C is never a capacity.
+L blocks, N exits (L, or 1 with exits="last"), M keys of a query, P copied states projected in this call.
 
-Three rules keep one forward pass good for training, prompts and decoding:
-- every token carries its position, `pos`: routed subsets, padding and copied states need no special case;
+Three rules let one Block.forward serve training, prompts and decoding:
+- every token carries its position, `pos`: attention treats subsets, padding and copied states alike;
 - what a block remembers is an argument: cache=None in training, a decode.LayerCache in decoding;
-- a block exposes its update, `residual`: a dense, a routed and an exited token are three uses of it.
+- a block exposes its update, `residual`: added (dense), scattered (routed) or dropped (exited).
 """
 import math
 from dataclasses import dataclass
@@ -36,15 +36,15 @@ class GPTConfig:
     exits: Literal["all", "last"] = "all"               # which blocks have a classifier [DAT]
     classifier: Literal["tied", "separate"] = "tied"    # share the embedding, or one matrix for each exit
     exit_predictor: Literal["none", "sequence", "token", "geometric", "binary"] = "none"    # where to exit
-    routed: str = "odd"                                 # none, odd, even, all, or numbers from 0: "1,3" [MoD]
+    routed: str = "odd"     # none, odd, even, all or "1,3", counted from 0 (all else counts from 1) [MoD]
     capacity: float = 0.125                             # share of the tokens that a routed block runs
     router: Literal["learned", "random"] = "learned"    # random: the control, weights without input
     gate: Literal["raw", "sigmoid", "one"] = "raw"      # r, sigmoid(r) or (random only) 1 times the update
     causal_logit: Literal["predictor", "router"] = "predictor"  # what decides when sampling
     predictor_width: float = 0.5                        # hidden units of the predictor, a share of n_embd
-    experts: int = 0                                    # MLPs to choose one of; 0: no choice [MoDE]
+    experts: int = 0                                    # MLPs to choose one of; 0: no choice [MoD 4.3]
     noops: int = 0                                      # further experts that do nothing
-    expert_capacity: float = 1.25                       # of an expert's even share of tokens, in training
+    expert_capacity: float = 1.25       # tokens an expert keeps under top_k, a multiple of its even share
 
     @property
     def mlp_units(self):
@@ -56,7 +56,7 @@ class GPTConfig:
         return max(1, int(self.predictor_width * self.n_embd)) if learned else 0
 
     def routed_blocks(self):
-        """`routed` as a set of block numbers from 0. UserError if it cannot be read."""
+        """`routed` as a set of indices into `blocks`: block number - 1. UserError if it cannot be read."""
         L = self.n_layer
         named = {"none": set(), "odd": set(range(1, L, 2)), "even": set(range(0, L, 2)), "all": set(range(L))}
         named |= {str(n): {n} for n in range(L)}
@@ -105,14 +105,14 @@ class Attention(nn.Module):
         self.register_buffer("rope", rotary_table(block_size, C // nh), persistent=False)
 
     def forward(self, x, pos, T, cache=None, mask=None):
-        """x (B,M,C) at pos (B,M) -> (B,T,C) for the last T of them, the only queries. A token sees itself and
-        earlier positions, those in the cache too; in an encoder those where mask (B,1,1,M) is True."""
+        """x (B,P+T,C) at pos (B,P+T) -> (B,T,C) for the last T, the only queries. A token sees itself and
+        earlier ones: by position with a cache, else by place. In an encoder: where mask (B,1,1,T) is True."""
         qk, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
-        q, k = rotate(qk, self.rope[pos.clamp(max=len(self.rope) - 1)].unsqueeze(1))    # (B,nh,M,hs)
+        q, k = rotate(qk, self.rope[pos.clamp(max=len(self.rope) - 1)].unsqueeze(1))    # (B,nh,P+T,hs)
         q, v = q[:, :, q.size(2) - T:], v[0]
         if cache is not None:
-            k, v, seen = cache.append(k, v, pos)
-            mask = seen[:, None, None, :] <= pos[:, None, -T:, None]                    # (B,1,T,M)
+            k, v, positions = cache.append(k, v, pos)
+            mask = positions[:, None, None, :] <= pos[:, None, -T:, None]               # (B,1,T,M)
         return self.proj(attend(q, k, v, mask, self.dropout if self.training else 0.0))
 
 
@@ -132,7 +132,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, memory, cache=None):
         """x (B,T,C), Memory of B rows -> (B,T,C). A cache keeps the keys and values of the encoder output."""
-        kv = cache and cache.memory_kv
+        kv = None if cache is None else cache.memory_kv
         if kv is None:
             kv = self.key_value(memory.states).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
@@ -175,22 +175,22 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def residual(self, x, pos, cache=None, memory=None, route=top_k, mask=None):
-        """What this block adds to the stream x (B,T,C) at pos (B,T); worked and balance, if it has Experts.
-        Tokens that exited below in earlier calls get keys and values here, of their copied states [DAT 2]."""
+        """x (B,T,C) at pos (B,T) -> what this block adds to x; worked, balance as in Routing, of Experts.
+        With a cache: also projects copied states of tokens that exited below in earlier calls [DAT 2]."""
         h, h_pos = (x, pos) if cache is None else cache.with_pending(x, pos)
         a = self.drop(self.attn(self.ln1(h), h_pos, x.size(1), cache, mask))
         if self.cross is not None:
             a = a + self.drop(self.cross(self.ln_cross(x + a), memory, cache))
-        h, worked, balance = self.ln2(x + a), None, None
+        z, worked, balance = self.ln2(x + a), None, None
         if isinstance(self.mlp, Experts):
-            m, worked, balance = self.mlp(h, pos, route)
+            m, worked, balance = self.mlp(z, pos, route)
         else:
-            m = self.mlp(h)
+            m = self.mlp(z)
         return a + self.drop(m), worked, balance
 
     def forward(self, x, pos, live=None, cache=None, memory=None, route=top_k):
-        """x (B,T,C), pos (B,T), live (B,T) bool or None (all) -> (x, Routing). A token that is not live
-        (it has exited, or is padding) keeps its state."""
+        """x (B,T,C), pos (B,T), live (B,T) bool or None (all, padding too) -> (x, Routing). A token that is
+        not live (it has exited, or is padding) keeps its state."""
         update, worked, balance = self.residual(x, pos, cache, memory, route)
         if live is not None:
             update = torch.where(live.unsqueeze(-1), update, 0)
@@ -250,10 +250,9 @@ class GPT(nn.Module):
         """The Memory of a batch (data/batches.py) of sentence pairs, None of a text."""
         return self.encode(*batch.source) if batch.source else None
 
-    def run_batch(self, batch, route=top_k, memory=None):
+    def run_batch(self, batch, route=top_k):
         """A batch -> yields (h^n, Routing) as `run_layers`."""
-        memory = memory or self.memory_of(batch)
-        return self.run_layers(self.embed(batch.ids), batch.pos, batch.live, memory, route)
+        return self.run_layers(self.embed(batch.ids), batch.pos, batch.live, self.memory_of(batch), route)
 
     def forward(self, ids, route=top_k, memory=None):
         """ids (B,T) without padding, Memory of a Seq2Seq -> logits (B,T,V) after the last block."""

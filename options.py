@@ -25,8 +25,8 @@ class Options:
     data: str = "pysource"              # a folder under data/, or the path of a prepared folder
     translate: str = ""                 # from which language into which, such as en-de; empty: a GPT
     out: str = "runs"                   # where numbered run folders are made
-    init_from: str = ""                 # start from the weights of this run (and its model options)
-    resume: str = ""                    # continue this run exactly; only device, compile, stop_at may change
+    init_from: str = ""                 # start from the weights of this run, with its model, data and route
+    resume: str = ""                    # continue this run; data, out, device, compile, stop_at may change
     steps: int = 1100
     stop_at: int = 0                    # stop after this step as if interrupted; 0: do not
     batch_size: int = 4                 # GPT: sequences a step
@@ -34,22 +34,22 @@ class Options:
     grad_accum_steps: int = 1           # pieces that a step's batch is cut into, to save memory
     lr: float = 2e-3                    # peak learning rate
     warmup: int = 50                    # steps of linear warm-up, before a cosine over the rest
-    lr_end: float = 0.1                 # last learning rate as a share of the peak
+    lr_end: float = 0.1                 # end of the cosine, as a share of the peak
     weight_decay: float = 0.1           # on matrices only
     beta2: float = 0.95                 # of AdamW; beta1 is 0.9
     grad_clip: float = 1.0              # gradient norm is clipped to this
     label_smoothing: float = 0.0        # share of every label that is spread over the vocabulary
-    objective: Literal["aligned", "mixed", "exit_predictor"] = "aligned"    # the last: the predictor alone
+    objective: Literal["aligned", "mixed", "exit_predictor"] = "aligned"    # the last: it alone learns
     exit_weights: Literal[tuple(WEIGHTS)] = "1"     # w_n of the aligned loss over exits
-    gradient_scale: float = 0.0         # gamma, balances each block's loss against those above; 0: off
+    gradient_scale: float = 0.0         # gamma: gradients above block n are divided by gamma (N - n); 0: off
     paths: int = 1                      # mixed: exit sequences drawn a step (M)
-    oracle: Literal["correctness", "likelihood"] = "correctness"    # which exits the predictor should learn
+    oracle: Literal["correctness", "likelihood"] = "correctness"    # of exits to learn
     exit_cost: float = 0.1              # lambda, what the oracle pays for each block
     sigma: float = 0.0                  # width of the oracle's smoothing over tokens; 0: none
-    alpha: float = 1.0                  # weight of the predictor's loss, per target token
+    alpha: float = 1.0                  # weight of the exit predictor's loss, per target token
     rule: str = "auto"                  # halting rule after training; auto: learned, confidence:0.3 or full
     route: Literal[tuple(ROUTES)] = "top_k"     # routing rule in training
-    predictor_loss: float = 0.01        # weight of the loss that teaches the causal logit the rule's choices
+    predictor_loss: float = 0.01        # weight of the causal predictor's loss
     balance_loss: float = 0.01          # weight of the loss that keeps experts equally busy
     eval_every: int = 200               # steps between evaluations
     eval_windows: int = 32              # fixed validation windows, or batches of sentence pairs
@@ -65,7 +65,7 @@ class RunOptions:
     """What the scripts that use a trained run share."""
     run: str = "last"           # its folder or number, or "last"
     out: str = "runs"           # where numbered runs are
-    rule: str = "auto"          # full, fixed:3, random, confidence:0.5 or :0.5,0.6,..., learned, learned:0.4
+    rule: str = "auto"          # the run's own; full, fixed:3, random, confidence:.5, :.5,.6,..., learned:.4
     device: Device = "auto"
 
 
@@ -87,10 +87,10 @@ def exclusions(o):
     routed, predicts = m.routed_blocks(), m.exit_predictor != "none"
     return (
         (not routed, "no block is routed (--routed none)",
-         "capacity router gate causal_logit predictor_width predictor_loss route"),
+         "capacity router gate causal_logit predictor_width predictor_loss" + " route" * (not m.experts)),
         (m.router == "random", "nothing learns to route (--router random)",
-         "causal_logit predictor_width predictor_loss route"),
-        (m.causal_logit == "router", "there is no predictor (--causal_logit router)", "predictor_width"),
+         "causal_logit predictor_width predictor_loss"),
+        (m.causal_logit == "router", "no causal predictor (--causal_logit router)", "predictor_width"),
         (not m.experts, "there are no experts (--experts)", "noops expert_capacity balance_loss"),
         (m.exits == "last", "only the last block has a classifier (--exits last)",
          "exit_weights gradient_scale rule"),
@@ -115,7 +115,7 @@ def exclusions(o):
         (m.exit_predictor == "sequence" and not o.translate,
          "--exit_predictor sequence reads a source sentence, and a GPT has none (--translate)", ""),
         (m.gate == "one" and m.router == "learned", "--gate one gives a learned router no gradient", ""),
-        (o.route == "causal", "--route causal would teach the predictor its own decisions", ""),
+        (o.route == "causal", "--route causal would teach the causal predictor its own decisions", ""),
         (m.experts == 1 and not m.noops, "--experts 1 leaves no choice: give more, or --noops", ""),
         (o.translate and m.embeddings == "tied" and m.enc_embd != m.n_embd,
          "--enc_embd and --n_embd differ, one table cannot serve both: use --embeddings separate", ""),
@@ -141,7 +141,7 @@ def check(o):
 
 
 def refuse(o, names, why):
-    """UserError if one of these options of a script was given, since it would do nothing."""
+    """UserError if one of these options of a script is not at its default, since it would do nothing."""
     for name in names:
         if getattr(o, name) != getattr(type(o), name):
             raise UserError(f"--{name} would do nothing: {why}")
@@ -181,13 +181,13 @@ def preset(name):
         table = tomllib.loads(paths[name].read_text("utf-8"))
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"{paths[name]} is not valid TOML: {e}") from None
-    from_file(paths[name], table)
+    from_file(paths[name], table)       # checks it
     return as_arguments(table)
 
 
 def read_options(argv, stored):
-    """[preset] --option value ... -> checked Options. stored(run, out) -> path and options of another run,
-    for --init_from (its model and data) and --resume (everything)."""
+    """[preset] --option value ... -> checked Options. stored: run.stored_options (run.py imports this file),
+    for --init_from (model, data, translate, route of that run) and --resume (all but out and stop_at)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and not argv[0].startswith("-"):
         argv = [*preset(argv[0]), *argv[1:]]
@@ -199,8 +199,8 @@ def read_options(argv, stored):
                             f"it began. May be given: {', '.join(sorted(MAY_CHANGE))}")
     if o.resume or o.init_from:
         path, table = stored(o.resume or o.init_from, o.out)
-        of_model = {*(f.name for f in dataclasses.fields(Seq2SeqConfig)), "data", "translate", "route"}
-        kept = table.keys() - {"out", "stop_at"} if o.resume else table.keys() & of_model
+        inherited = {*(f.name for f in dataclasses.fields(Seq2SeqConfig)), "data", "translate", "route"}
+        kept = table.keys() - {"out", "stop_at"} if o.resume else table.keys() & inherited
         o = from_file(path, {name: table[name] for name in kept}, argv)
     check(o)
     return o
@@ -217,6 +217,6 @@ def rule_name(o, trained):
 
 
 def kind_of(rule):
-    """The line of a figure that a halting rule belongs to; a vector of thresholds was searched for."""
+    """The line of a figure for a halting rule: full counts as fixed, several thresholds as searched."""
     kind, _, value = rule.partition(":")
     return "searched thresholds" if "," in value else "fixed" if kind == "full" else kind

@@ -46,7 +46,7 @@ ROUTES = {"top_k": top_k, "causal": causal}     # another rule is another line
 
 
 def places_of(mask, k):
-    """mask (B,T) -> places (B,k) of its True, in order of time, then of others; which are True (B,k)."""
+    """mask (B,T) -> places (B,k): those of its True in order of time, then others; and mask there (B,k)."""
     places = mask.int().argsort(dim=1, descending=True, stable=True)[:, :k]
     return places, mask.gather(1, places)
 
@@ -54,7 +54,7 @@ def places_of(mask, k):
 class Routing(NamedTuple):
     """What one block did with the tokens of one call."""
     runs: torch.Tensor                  # (B,T) bool: the token ran this block
-    weight: torch.Tensor | None = None  # (B,T) r_i, the factor on the block's update
+    weight: torch.Tensor | None = None  # (B,T) r_i, the router weight, before the gate
     logit: torch.Tensor | None = None   # (B,T) causal logit: run when > 0
     worked: torch.Tensor | None = None  # (B,T) bool: it ran an expert, if the block has any
     balance: torch.Tensor | None = None     # () their load-balancing loss
@@ -66,12 +66,12 @@ GATES = {"raw": lambda weight: weight, "sigmoid": torch.sigmoid, "one": torch.on
 class Routed(nn.Module):
     """x_i + r_i f(x)_i for the selected tokens, x_i for the others [MoD eq. 1].
 
-    f is `block.residual`, given the selected tokens alone, with the positions they had: they are the only
-    queries and the only keys. capacity: share of a sequence that top-k selects. predictor_units: of the
-    auxiliary predictor, a small MLP behind a stop-gradient; 0: the router's own output is the causal logit.
+    f is `block.residual`, given the selected tokens alone, with the positions they had: the only queries, and
+    the only keys besides the cache's. capacity: share of a sequence that top-k selects. predictor_units: of
+    the causal predictor, an MLP behind a stop-gradient; 0: the router's own output is the causal logit.
     random: the control, whose weights are noise and whose causal logit lets `capacity` of all tokens run."""
 
-    def __init__(self, block, C, capacity, gate="raw", predictor_units=64, random=False):
+    def __init__(self, block, C, capacity, gate, predictor_units, random):
         super().__init__()
         self.block, self.capacity, self.gate, self.random = block, capacity, GATES[gate], random
         self.router = self.predictor = None
@@ -85,7 +85,8 @@ class Routed(nn.Module):
         """x (B,T,C) -> router weight, causal logit, both (B,T). All that a skipped token costs."""
         if self.random:
             weight = torch.randn(x.shape[:2], device=x.device)
-            return weight, weight - torch.special.ndtri(torch.tensor(1 - self.capacity, device=x.device))
+            least = torch.special.ndtri(torch.tensor(1 - self.capacity, device=x.device))   # normal quantile
+            return weight, weight - least
         weight = in_full_precision(self.router, x).squeeze(-1)
         if self.predictor is None:
             return weight, weight
@@ -116,7 +117,7 @@ class Routed(nn.Module):
 def predictor_loss(routing, mask=None):
     """Binary cross-entropy of the causal logit against the rule's choice, summed over mask [MoD 3.5]."""
     target = routing.runs.to(routing.logit.dtype)
-    return F.binary_cross_entropy_with_logits(routing.logit, target, mask, reduction="sum")
+    return F.binary_cross_entropy_with_logits(routing.logit, target, weight=mask, reduction="sum")
 
 
 def confusion(routing, mask=None):

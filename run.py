@@ -176,7 +176,7 @@ def fill(model, weights, folder):
 
 
 def start_from(model, folder, device):
-    """Give the model the weights of another run; only a predictor of exits may be new."""
+    """Give the model the weights of another run; only an exit predictor may be new."""
     ours, theirs = model.state_dict(), load(folder, device)["model"]
     new = {name: w for name, w in ours.items() if name.startswith("exit_predictor.")}
     known = {name: w for name, w in theirs.items() if name in ours or not name.startswith("exit_predictor.")}

@@ -30,7 +30,7 @@ SHADES = (153, 159, 158, 157, 193, 229, 223, 217, 210, 203)     # of the 256 ter
 @dataclass
 class Options(RunOptions):
     """Continue a prompt with the model of a run, or translate it."""
-    prompt: str | None = None   # a text; translator: a sentence a line. "-": standard input
+    prompt: str | None = None   # a text, or sentences line by line; "-": standard input; None: the data's
     max_new_tokens: int = 200
     samples: int = 1            # this many texts, side by side in one batch
     temperature: float = 0.8    # 0: always the most likely token
@@ -43,7 +43,7 @@ class Options(RunOptions):
     color: Literal["auto", "always", "never"] = "auto"
 
 
-def check(o, trained, model):
+def check(o, trained):
     """UserError for values that cannot be and for options that would do nothing in this run."""
     if min(o.max_new_tokens, o.samples, o.beam) < 1 or o.samples > 4096:
         raise UserError("--max_new_tokens, --samples (at most 4096) and --beam must be at least 1")
@@ -51,7 +51,7 @@ def check(o, trained, model):
         raise UserError("--temperature, --top_k and --seed must be at least 0, "
                         "--length_penalty a small number")
     if trained.translate:
-        refuse(o, ("max_new_tokens", "samples", "temperature", "top_k", "seed", "speculate"),
+        refuse(o, ("max_new_tokens", "samples", "temperature", "top_k", "speculate"),
                f"this run is a translator ({trained.translate})")
     else:
         refuse(o, ("beam", "length_penalty"), "this run is a GPT")
@@ -77,14 +77,14 @@ def continuations(model, encoding, text, rule, o):
 
 
 def tokens_of(row, encoding, source):
-    """A Generated -> [[string, exit, blocks] of every token], exit and number of blocks being those of the
-    step that wrote it, None in the prompt; the `source` line of a translation stands in place of it."""
+    """A Generated -> [[string, exit, blocks] of every token]. exit and blocks are those of the step that
+    wrote it, None in the prompt. In a translation the words of `source` replace the prompt."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")   # split characters
     strings = [decoder.decode(part) for part in encoding.decode_tokens_bytes(row.ids)]
     strings[-1] += decoder.decode(b"", final=True)
-    unread = [None] * row.prompt
-    exit_at = unread + row.exit_at[row.prompt - 1:].tolist()
-    blocks = unread + row.visited[row.prompt - 1:].sum(1).tolist()
+    prompt = [None] * row.prompt
+    exit_at = prompt + row.exit_at[row.prompt - 1:].tolist()
+    blocks = prompt + row.visited[row.prompt - 1:].sum(1).tolist()
     tokens = list(map(list, zip(strings, exit_at, blocks, strict=True)))
     if source:
         tokens[row.prompt][0] = tokens[row.prompt][0].lstrip()
@@ -112,7 +112,7 @@ def plain(tokens):
 def main(argv=None):
     o = parse(argv, Options)
     folder, trained, _, model = run.open_run(o.run, o.out, o.device)
-    check(o, trained, model)
+    check(o, trained)
     torch.manual_seed(o.seed)
     name = "full" if o.speculate else rule_name(o, trained)
     rule, encoding, text = parse_rule(name, model), load_tokenizer(folder / "tokenizer.json"), o.prompt

@@ -19,8 +19,8 @@ def accept_or_resample(p, q, drafted, u):
 @torch.inference_mode()
 def speculate(model, prompt, max_new_tokens, draft_layers, draft_tokens, route=causal, temperature=1.0,
               top_k=None, seed=0, eos_id=None, memory=None):
-    """Continue one prompt as full depth would, in distribution (at temperature 0 token by token), but faster
-    -> Generated, tokens drafted, tokens kept of those. UserError if block draft_layers is not an early exit.
+    """Continue one prompt as full depth would, in distribution (at temperature 0 token by token), in fewer
+    steps -> Generated, tokens drafted, tokens kept. UserError for an exit or a number that cannot draft.
 
     Tokens are drafted by exits at block draft_layers; then one step at full depth runs the other blocks on
     all of them at once (exited_kv="compute"), and those that agree are kept."""
@@ -43,15 +43,15 @@ def speculate(model, prompt, max_new_tokens, draft_layers, draft_tokens, route=c
         return int(sample_token(probs, torch.from_numpy(rng.random(1))))
 
     while len(ids) < end and (len(ids) == len(prompt) or ids[-1] != eos_id):
-        first, drafts = len(ids), []
+        first, q = len(ids), []
         for _ in range(min(draft_tokens, end - first - 1)):
-            drafts.append(next_probs(fixed_exit(model, draft_layers)))
-            ids.append(sample(drafts[-1]))
-        next_probs(full_depth)
+            q.append(next_probs(fixed_exit(model, draft_layers)))
+            ids.append(sample(q[-1]))
+        next_probs(full_depth)              # leaves the last states of all drafts in the cache
         p = next_token_probs(model.classifiers(L, cache.states[0, first - 1:cache.end]), temperature, top_k)
-        drafted += len(drafts)
-        for i, u in enumerate(rng.random((len(drafts), 2))):
-            same, token = accept_or_resample(p[i], drafts[i][0], ids[first + i], u)
+        drafted += len(q)
+        for i, u in enumerate(rng.random((len(q), 2))):
+            same, token = accept_or_resample(p[i], q[i][0], ids[first + i], u)
             kept += same
             if not same or token == eos_id:
                 ids[first + i:] = [token]

@@ -1,6 +1,6 @@
 """Train: python train.py [preset] [--option value ...]; --help lists the options.
 
-Step t, its random choices included, is a function of (seed, t): --resume continues exactly."""
+The batch and all draws of step t are functions of (seed, t): --resume continues exactly."""
 import json
 import math
 import shutil
@@ -23,8 +23,9 @@ from routing import ROUTES, predictor_loss, report
 
 def aligned(model, batch, scale, o):
     """The aligned loss [DAT 2.2], plus the predictor loss of routed blocks [MoD 3.5], the balance loss of
-    experts and alpha times the loss of a predictor of exits [DAT 3] -> loss () to call backward on, times
-    scale (1 / targets of the whole step); losses (N,) of the exits in nats, summed over tokens."""
+    experts and alpha times the loss of an exit predictor [DAT 3], times scale (1 / targets of the step) ->
+    loss (), whose gradient counts and not its value: the classifiers have theirs already (exits.exit_loss);
+    losses (N,) of the exits in nats, summed over tokens."""
     memory, x = model.memory_of(batch), model.embed(batch.ids)
     weights = exits.exit_weights(o.exit_weights, model.classifiers.blocks)
     states, judged, total = [], [], 0.0
@@ -67,14 +68,14 @@ def mixed(model, batch, scale, o):
             total = total + loss
             sums[n - 1] += losses.sum()
             counts[n - 1] += len(losses)
-    return total, sums * mask.sum() / counts.clamp(min=1)
+    return total, sums / counts.clamp(min=1) * mask.sum()       # mean loss of an exit, times all tokens
 
 
-OBJECTIVES = {"aligned": aligned, "mixed": mixed, "exit_predictor": aligned}
+OBJECTIVES = {"aligned": aligned, "mixed": mixed, "exit_predictor": aligned}    # the last: see step_once
 
 
 def learning_rate(t, o):
-    """Linear warm-up, then a cosine from lr to lr * lr_end over exactly the steps of the run."""
+    """Linear warm-up, then a cosine that reaches lr * lr_end when the run ends."""
     if t < o.warmup:
         return o.lr * (t + 1) / o.warmup
     done = (t - o.warmup) / max(1, o.steps - o.warmup)
@@ -82,7 +83,7 @@ def learning_rate(t, o):
 
 
 def optimizer_of(model, o):
-    """AdamW; only matrices decay (not norms, biases, or the one-row routers)."""
+    """AdamW; only matrices of several rows decay (no norm, bias, router or predictor output)."""
     matrices = [p for p in model.parameters() if p.dim() > 1 and p.size(-2) > 1]
     others = [p for p in model.parameters() if p.dim() < 2 or p.size(-2) == 1]
     groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -157,9 +158,9 @@ def evaluate(model, batches, context, stop=(), route="top_k"):
 def describe(result):
     """One line of an evaluation."""
     several = len(result["loss"]) > 1
-    parts = [f"{rule} " * several + "loss by exit " + " ".join(f"{v:.2f}" for v in loss)
+    parts = [(f"{rule} " if several else "") + "loss by exit " + " ".join(f"{v:.2f}" for v in loss)
              for rule, loss in result["loss"].items()]
-    parts.append(f"{result['bits_per_byte']:.3f} bits/byte")
+    parts.append(f"{result['bits_per_byte']:.3f} bits/byte (last exit{', causal' * several})")
     if "predictor" in result:
         parts.append("causal logit right {accuracy:.1%} (always no: {base_rate:.1%}), "
                      "precision {precision:.0%}, recall {recall:.0%}".format(**result["predictor"]))
@@ -198,13 +199,13 @@ def main(argv=None):
                 run.save(folder, t, model, optimizer)
             if t == end or stop:
                 break
-            result, speed = step_once(model, optimizer, training, o, t, context)
-            if not math.isfinite(result["norm"]):
+            metrics, speed = step_once(model, optimizer, training, o, t, context)
+            if not math.isfinite(metrics["norm"]):
                 saved = max(start, t - t % o.save_every)
                 raise UserError(f"step {t}: the gradient is not finite, so the step was not taken. "
                                 f"{folder}/ckpt.pt holds step {saved}. Try a lower --lr or a longer --warmup")
-            run.log_metrics(folder, "train", t + 1, **result)
-            bar.set_postfix(loss=f"{result['loss'][-1]:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
+            run.log_metrics(folder, "train", t + 1, **metrics)
+            bar.set_postfix(loss=f"{metrics['loss'][-1]:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
     if stop or t < o.steps:
         print(f"stopped at step {t}, saved. Go on with: python train.py --resume {folder}")
     else:

@@ -190,15 +190,15 @@ def test_batched_ragged_generation_is_single(model, rule):
 @pytest.mark.parametrize("kind", [*MODELS.values(), {"experts": 2, "noops": 1}], ids=str)
 def test_gradients_exit_by_exit_are_those_of_the_sum(kind, monkeypatch):
     """The aligned loss walked back in chunks, with one logits tensor alive, that is not the naive sum; a
-    predictor's or a balance loss without its weight."""
+    predictor's or a balance loss without its weight; another routing rule than the one asked for."""
     monkeypatch.setattr(exits, "CHUNK", 5 * 23)
     model, ids, targets, loss = tiny(**kind), texts(1), texts(2), 0
-    options = Options(exit_weights="sqrt(n)", predictor_loss=0.3, balance_loss=0.2)
+    options = Options(exit_weights="sqrt(n)", predictor_loss=0.3, balance_loss=0.2, route="causal")
     total, sums = aligned(model, Batch(ids, targets, position_ids(ids)), 1 / ids.numel(), options)
     total.backward()
     ours = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    for n, (h, routing) in enumerate(model.run_layers(model.embed(ids), position_ids(ids)), 1):
+    for n, (h, routing) in enumerate(model.run_layers(model.embed(ids), position_ids(ids), route=causal), 1):
         of_exit = exits.token_losses(model.classifiers(n, h), targets).sum()
         close(of_exit.item(), sums[n - 1])
         loss = loss + of_exit * n**0.5 / (1 + 2**0.5 + 3**0.5 + 2)

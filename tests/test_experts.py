@@ -87,6 +87,18 @@ def test_sampling_with_experts_is_reading_at_once(kind):
     close(one_pass(model, ids[1:2], rule).logits[0], whole.logits[1])
 
 
+def test_a_routed_block_says_which_tokens_ran_an_expert():
+    """Experts of the selected tokens reported at other places, or all that ran the block."""
+    model, ids, own = tiny(routed="odd", experts=2, noops=3), texts(), []
+    for n in model.config.routed_blocks():
+        model.blocks[n].block.mlp.register_forward_hook(lambda *args: own.append(args[-1][1].sum(1)))
+    layers = [r for _, r in model.run_layers(model.embed(ids), position_ids(ids), route=causal)]
+    layers = [routing for routing in layers if routing.logit is not None]
+    for routing, worked in zip(layers, own, strict=True):
+        assert torch.equal(routing.worked.sum(1), worked) and not (routing.worked & ~routing.runs).any()
+    assert any((routing.worked != routing.runs).any() for routing in layers)
+
+
 @pytest.mark.parametrize("options", [{"routed": "none"}, {}, {"capacity": 1.0}, {"causal_logit": "router"},
                                      {"router": "random"}, *KINDS.values()], ids=str)
 def test_training_flops_are_those_that_run(options):

@@ -56,7 +56,8 @@ def test_budget(part):
     paths, most = BUDGETS[part]
     sizes = {p.relative_to(ROOT).as_posix(): p.stat().st_size if p.suffix == ".md" else
              len(p.read_text("utf-8").splitlines()) for p in paths}
-    assert sum(sizes.values()) <= most, f"{sum(sizes.values())} of {most}: {sizes}"
+    said = f"{sum(sizes.values())} of {most} (harmless in a copy that you change: delete this test): {sizes}"
+    assert sum(sizes.values()) <= most, said
 
 
 def test_no_function_is_long():

@@ -124,7 +124,7 @@ def test_a_token_has_the_colour_of_the_step_that_wrote_it():
 def test_kinds_of_tokens():
     """A space that hides what follows; a letter of several bytes taken for punctuation."""
     kinds = {b"word": "word", b" \xc3\xbc": "word", b"_x": "word", b"\n 12": "number", b"):": "punctuation",
-             b"\n\n": "space"}
+             b"a.": "word", b"\n\n": "space"}
     encoding = tiktoken.Encoding("pieces", pat_str="x", special_tokens={"<|endoftext|>": len(kinds)},
                                  mergeable_ranks={piece: i for i, piece in enumerate(kinds)})
     assert evaluate.kinds_of(encoding).tolist() == [*kinds.values(), "end"]
