@@ -138,7 +138,7 @@ TRAINING = {
         "--objective exit_predictor --exit_predictor token --label_smoothing 0.1",
     "must be from": "--sigma -1; --alpha nan; --steps -4; --capacity 0; --capacity 1.5; --beta2 1; --lr nan; "
         "--lr_end -5; --weight_decay -1; --block_size 1; --predictor_loss nan; --stop_at -1; --dropout 1",
-    "--route causal would teach the predictor its own decisions": "--route causal",
+    "would teach the causal predictor": "--route causal",
     "cannot train routed blocks": "--objective mixed", "a GPT has none": "--exit_predictor sequence",
     "draws one": "--objective mixed --routed none --exit_predictor binary", "no run": "--init_from nowhere",
     "takes --exits all": "--exits last --rule auto --exit_predictor token", "equal": "--grad_accum_steps 3",
@@ -149,9 +149,9 @@ TRAINING = {
     **({} if torch.cuda.is_available() else {"no cuda": "--device cuda"})}
 SAMPLING = {
     "an empty prompt": "--prompt=", "the context is 32": "--prompt=" + "x=1," * 40,
-    "one threshold or 3": "--rule confidence:0.5,0.5", "no predictor of exits": "--rule learned",
+    "one threshold or 3": "--rule confidence:0.5,0.5", "no exit predictor": "--rule learned",
     "block from 1 to 4": "--rule fixed:9; --rule fixed:1.5", "could not convert": "--rule fixed:x",
-    "from 0 to 1": "--rule confidence:nan; --rule confidence:-3", "positional": "--rule random:3",
+    "from 0 to 1": "--rule confidence:nan; --rule confidence:-3", "other numbers": "--rule random:3",
     "rules are full, fixed,": "--rule sometimes", "--draft_tokens would do nothing": "--draft_tokens 2",
     "at least": "--max_new_tokens 0; --seed -1; --temperature -1; --temperature nan; "
         "--speculate 2 --draft_tokens 0",
