@@ -133,8 +133,8 @@ def run_block(model, n, x, live, cache, route, exited_kv="copy"):
         live = cache.pos[:, first:cache.end] < NO_POSITION
     x, routing = block(x, cache.pos[:, first:cache.end], live, layer, cache.memory, route)
     layer.upto = cache.end
-    P = cache.start - first
-    cache.states[:, first:cache.start] = x[:, :P]
+    if P := cache.start - first:
+        cache.states[:, first:cache.start] = x[:, :P]
     return x[:, P:], routing
 
 

@@ -65,7 +65,6 @@ def token_losses(logits, targets, label_smoothing=0.0):
 def exit_loss(classifiers, n, h, targets, scale, label_smoothing=0.0):
     """Loss of the classifier after block n: h (...,C), targets (...), -1 at padding -> losses (...) in nats
     without label smoothing, is the most likely token the target (...), loss ().
-
     Calls backward for each chunk of logits, so that one is alive at a time: the gradient of scale * sum of
     losses is then in the classifier's parameters. Backward of `loss`, whose value means nothing, hands the
     same gradient to h and the blocks."""

@@ -15,8 +15,7 @@ PROCESSOR = (re.findall(r"model name\s*: (.+)", CPU_INFO.read_text("utf-8") if C
 def linear(x, weight, bias=None):
     """F.linear: x (...,C), weight (out,C), bias (out,) -> (...,out).
 
-    On AMD processors BLAS multiplies a matrix by a few vectors on one thread. A batch of 8 row blocks of the
-    matrix uses all threads, in half the time. On Intel it does not help."""
+    BLAS on AMD multiplies a matrix by a few vectors on one thread; as 8 row blocks all threads help."""
     (out, C), tokens = weight.shape, x.numel() // x.size(-1)
     if tokens > 8 or out % 8 or torch.is_grad_enabled() or not x.is_cpu or "AMD" not in PROCESSOR:
         return F.linear(x, weight, bias)
@@ -27,6 +26,12 @@ def linear(x, weight, bias=None):
 
 
 class Linear(nn.Linear):
+    """nn.Linear with its matrix in memory column by column: 4 to 32 tokens take half the time on Intel."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weight = nn.Parameter(self.weight.detach().T.contiguous().T)
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 

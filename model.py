@@ -149,7 +149,6 @@ class Memory(NamedTuple):
     exit_logits: torch.Tensor | None = None     # (B,1,N) of an exit predictor that reads the source
 
     def reorder(self, rows):
-        """The Memory of these rows, in any order, also twice."""
         return Memory(*(x if x is None else x[rows] for x in self))
 
 
@@ -189,8 +188,7 @@ class Block(nn.Module):
         return a + self.drop(m), worked, balance
 
     def forward(self, x, pos, live=None, cache=None, memory=None, route=top_k):
-        """x (B,T,C), pos (B,T), live (B,T) bool or None (all, padding too) -> (x, Routing). A token that is
-        not live (it has exited, or is padding) keeps its state."""
+        """x (B,T,C), pos, live (B,T), None: all -> (x, Routing). A token that is not live keeps its state."""
         update, worked, balance = self.residual(x, pos, cache, memory, route)
         if live is not None:
             update = torch.where(live.unsqueeze(-1), update, 0)
@@ -205,7 +203,8 @@ def initialise(model, C):
     additions = [name for name, _ in model.named_parameters() if name.endswith(("proj.weight", "proj"))]
     for name, p in model.named_parameters():
         if p.dim() > 1:
-            nn.init.normal_(p, std=std / math.sqrt(len(additions)) if name in additions else std)
+            w = nn.init.normal_(torch.empty(p.shape), std=std)      # whatever the order of p in memory
+            p.data.copy_(w / math.sqrt(len(additions)) if name in additions else w)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
 

@@ -21,7 +21,6 @@ def speculate(model, prompt, max_new_tokens, draft_layers, draft_tokens, route=c
               top_k=None, seed=0, eos_id=None, memory=None):
     """Continue one prompt as full depth would, in distribution (at temperature 0 token by token), in fewer
     steps -> Generated, tokens drafted, tokens kept. UserError for an exit or a number that cannot draft.
-
     Tokens are drafted by exits at block draft_layers; then one step at full depth runs the other blocks on
     all of them at once (exited_kv="compute"), and those that agree are kept."""
     early, L, device = model.classifiers.blocks[:-1], len(model.blocks), model.wte.weight.device

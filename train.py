@@ -22,10 +22,9 @@ from routing import ROUTES, predictor_loss, report
 
 
 def aligned(model, batch, scale, o):
-    """The aligned loss [DAT 2.2], plus the predictor loss of routed blocks [MoD 3.5], the balance loss of
-    experts and alpha times the loss of an exit predictor [DAT 3], times scale (1 / targets of the step) ->
-    loss (), whose gradient counts and not its value: the classifiers have theirs already (exits.exit_loss);
-    losses (N,) of the exits in nats, summed over tokens."""
+    """The aligned loss [DAT 2.2], plus those of causal predictors [MoD 3.5], experts and an exit predictor
+    [DAT 3], times scale (1 / targets of the step) -> loss (), of which the gradient counts, not the value
+    (exits.exit_loss); losses (N,) of the exits in nats, summed over tokens."""
     memory, x = model.memory_of(batch), model.embed(batch.ids)
     weights = exits.exit_weights(o.exit_weights, model.classifiers.blocks)
     states, judged, total = [], [], 0.0

@@ -53,7 +53,7 @@ def at_random(model):
     """Random weights in float64, the predictors centred so that about half of the tokens run."""
     model.double().eval()
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.4)
+        p.data.copy_(torch.nn.init.normal_(torch.empty(p.shape, dtype=p.dtype), std=0.4))  # in order of rows
     for module in model.modules():
         if isinstance(module, Attention):       # the table is made in float32
             size, _, half = module.rope.shape
