@@ -117,7 +117,7 @@ class StepOutput(NamedTuple):
     visited: torch.Tensor       # (B,T,L) bool, the blocks it ran
     worked: torch.Tensor        # (B,T,L) bool, those whose MLP it ran: all without experts
     classified: torch.Tensor    # (B,T) classifiers evaluated for the token
-    predicted: torch.Tensor     # (B,T) evaluations of the exit predictor
+    predicted: torch.Tensor     # (B,T) exit predictions that the token read
     weight: torch.Tensor        # (B,T,L) router weights; nan in dense blocks and above the last that ran
 
 
@@ -125,7 +125,7 @@ def run_block(model, n, x, live, cache, route, exited_kv="copy"):
     """Block n (from 1) on the tokens of the cache's call: x (B,T,C), live (B,T) -> (x, Routing).
 
     exited_kv="compute": the P tokens of earlier calls that exited below run it too, before the T of this
-    call, which all go on after their exit. The Routing then has P + T tokens."""
+    call, all of which run, exited or not. The Routing then has P + T tokens."""
     block, layer, first = model.blocks[n - 1], cache.layers[n - 1], cache.start
     if exited_kv == "compute":
         first, layer.upto = min(first, layer.upto), first       # so with_pending adds none
@@ -224,7 +224,7 @@ COUNTED = "exit_at", "visited", "worked", "classified", "predicted"     # what a
 
 
 class Generated(NamedTuple):
-    """One text. Entry j of the arrays belongs to the step that read ids[j] and wrote ids[j + 1]."""
+    """One text. Entry j of the arrays is about reading ids[j] and predicting ids[j + 1]."""
     ids: list[int]              # prompt and continuation, an end token included
     prompt: int                 # tokens of the prompt
     exit_at: np.ndarray         # (len(ids) - 1,) in 1..L
@@ -281,11 +281,11 @@ def generate(model, prompts, max_new_tokens, rule, route=causal, temperature=1.0
 @torch.inference_mode()
 def translate(model, sources, eos_id, rule, beam=5, length_penalty=1.0, route=causal, exited_kv="copy"):
     """Beam search: lists of source ids, eos_id the last of each -> for each the best Generated, which begins
-    with eos_id and has at most 2 S + 10 new tokens (and block_size - 1), S being those of the source.
+    with eos_id and has at most min(2 S + 10, block_size - 1) new tokens, S being those of the source.
 
     A step ranks all continuations of a source's hypotheses by summed log-probability: of the best `beam`,
     those that end in eos_id are finished; the best `beam` others go on. A source is done when `beam`
-    hypotheses are finished, or at its last token, when the best `beam` count as they are. Finished ones
+    hypotheses are finished, or at that limit, where the best `beam` count as finished. Finished ones
     compare by log-probability / length^length_penalty, length being the new tokens, eos_id included."""
     device, V = model.wte.weight.device, model.vocab_size
     longest = [min(2 * len(source) + 10, model.config.block_size - 1) for source in sources]

@@ -1,7 +1,7 @@
 """Depth-Adaptive Transformer [DAT]: every block can emit the token.
 
     code                paper                                             where
-    h       (B,T,C)     h_t^n, the state after block n = 1..N             1
+    h       (B,T,C)     h_t^n, the state after block n of N = L           1
     classifiers(n, h)   W_n h_t^n, logits of an anytime classifier        2.1
     exit_weights        w_n of the aligned loss                           2.2
     score   (B,T,N)     LL_t^n or C_t^n, what an oracle maximises         3.1, 3.2
@@ -56,7 +56,7 @@ def to_float32(logits):
 
 
 def token_losses(logits, targets, label_smoothing=0.0):
-    """-log p(target) in nats: logits (...,V), targets (...) -> (...); 0 at padding, target -1."""
+    """Cross-entropy in nats: logits (...,V), targets (...) -> (...); 0 at padding, target -1."""
     loss = F.cross_entropy(to_float32(logits).flatten(0, -2), targets.flatten(), reduction="none",
                            ignore_index=-1, label_smoothing=label_smoothing)
     return loss.view(targets.shape)
@@ -64,10 +64,10 @@ def token_losses(logits, targets, label_smoothing=0.0):
 
 def exit_loss(classifiers, n, h, targets, scale, label_smoothing=0.0):
     """Loss of the classifier after block n: h (...,C), targets (...), -1 at padding -> losses (...) in nats
-    without label smoothing, is the most likely token the target (...), loss ().
-    Calls backward for each chunk of logits, so that one is alive at a time: the gradient of scale * sum of
-    losses is then in the classifier's parameters. Backward of `loss`, whose value means nothing, hands the
-    same gradient to h and the blocks."""
+    without label smoothing; right (...), is the most likely token the target; loss ().
+    Calls backward for each chunk of logits, so that one is alive at a time: adds the gradient of scale * sum
+    of smoothed losses to the classifier's parameters. Backward of `loss`, whose value means nothing, hands
+    the same gradient to h and the blocks."""
     size, parts = max(1, CHUNK // len(classifiers.weight(n))), []               # tokens a chunk
     chunks = h.flatten(0, -2).split(size), targets.flatten().split(size)
     for states, wanted in zip(*chunks, strict=True):
@@ -138,7 +138,7 @@ class ExitPredictor(nn.Module):
         return in_full_precision(self.linear[n - 1], h).squeeze(-1)
 
     def loss(self, states, memory, exit_at, mask):
-        """H(q*, q) [DAT 3] (binary: N - 1 of them), summed over mask (B,T): h^1..h^N, oracle's exit_at."""
+        """h^1..h^N, oracle's exit_at -> H(q*, q) [DAT 3], summed over mask (B,T); sequence: once a row."""
         if self.kind in ("sequence", "token"):
             logits = self.multinomial(states[0], memory)
             mask = mask[:, :logits.size(1)]                     # sequence: the first token stands for its row
@@ -166,7 +166,7 @@ class ExitState:
         self.classifiers, self.memory = classifiers, memory
         self.pos, self.live, self.states, self.plan = pos, live, [], None
         self.computed, self.asked = {}, {}          # block -> its logits; for which tokens (B,T) they count
-        self.predicted = torch.zeros_like(pos)      # evaluations of the exit predictor
+        self.predicted = torch.zeros_like(pos)      # exit predictions that each token read
 
     @property
     def n(self):

@@ -174,7 +174,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def residual(self, x, pos, cache=None, memory=None, route=top_k, mask=None):
-        """x (B,T,C) at pos (B,T) -> what this block adds to x; worked, balance as in Routing, of Experts.
+        """x (B,T,C) at pos (B,T) -> update of x; worked, balance as in Routing, None without Experts.
         With a cache: also projects copied states of tokens that exited below in earlier calls [DAT 2]."""
         h, h_pos = (x, pos) if cache is None else cache.with_pending(x, pos)
         a = self.drop(self.attn(self.ln1(h), h_pos, x.size(1), cache, mask))
@@ -240,7 +240,7 @@ class GPT(nn.Module):
         return self.drop(self.wte(ids))
 
     def run_layers(self, x, pos, live=None, memory=None, route=top_k):
-        """h^0 (B,T,C) -> yields (h^n, Routing) for n = 1..L, all tokens at full depth, without a cache."""
+        """h^0 (B,T,C) -> yields (h^n, Routing) for n = 1..L, without early exits and without a cache."""
         for block in self.blocks:
             x, routing = block(x, pos, live, None, memory, route)
             yield x, routing

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from linear import Linear, in_full_precision
 
-NO_POSITION = 2**30  # of a token that is absent (padding, not selected): later than any, so no token sees it
+NO_POSITION = 2**30  # of an absent token (padding, not selected): latest, and placed last: no other sees it
 
 
 def capacity_in_tokens(capacity, T):

@@ -74,7 +74,7 @@ OBJECTIVES = {"aligned": aligned, "mixed": mixed, "exit_predictor": aligned}    
 
 
 def learning_rate(t, o):
-    """Linear warm-up, then a cosine that reaches lr * lr_end when the run ends."""
+    """Linear warm-up, then a cosine that would reach lr * lr_end at t = steps."""
     if t < o.warmup:
         return o.lr * (t + 1) / o.warmup
     done = (t - o.warmup) / max(1, o.steps - o.warmup)
@@ -82,7 +82,7 @@ def learning_rate(t, o):
 
 
 def optimizer_of(model, o):
-    """AdamW; only matrices of several rows decay (no norm, bias, router or predictor output)."""
+    """AdamW; only matrices of several rows decay (no norm, bias, router or one-row output)."""
     matrices = [p for p in model.parameters() if p.dim() > 1 and p.size(-2) > 1]
     others = [p for p in model.parameters() if p.dim() < 2 or p.size(-2) == 1]
     groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -143,7 +143,7 @@ def step_once(model, optimizer, training, o, t, context):
 
 def evaluate(model, batches, context, stop=(), route="top_k"):
     """-> metrics: loss (nats per token) of every exit under each routing rule, how well the causal logit
-    predicts the one that trains; None if an interrupt came."""
+    predicts the rule `route`; None if an interrupt came."""
     model.eval()
     measured, tokens = evaluate_loss(model, batches, context, stop), sum(b.count for b in batches)
     if measured is None:
