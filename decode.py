@@ -63,11 +63,6 @@ class LayerCache:
             self.kv = F.pad(self.kv, (0, 0, 0, more))
             self.pos = F.pad(self.pos, (0, more), value=NO_POSITION)
 
-    def truncate(self, length):
-        """Forget the tokens of a single text at position `length` and later."""
-        self.used, self.upto = [int((self.pos[0] < length).sum())], min(self.upto, length)
-        self.pos[:, self.used[0]:] = NO_POSITION
-
     def reorder(self, rows):
         self.kv = None if self.kv is None else self.kv[:, rows]
         self.memory_kv = None if self.memory_kv is None else self.memory_kv[:, rows]
@@ -94,13 +89,6 @@ class Cache:
             raise ValueError(f"no room: this cache holds {self.pos.size(1)} tokens of each text")
         self.start, self.end = self.end, self.end + pos.size(1)
         self.pos[:, self.start:self.end] = pos
-
-    def truncate(self, length):
-        """Forget the tokens of a single text, without padding, at position `length` and later."""
-        self.end = length
-        self.pos[:, length:] = NO_POSITION
-        for layer in self.layers:
-            layer.truncate(length)
 
     def reorder(self, rows):
         """Go on with these rows, in any order, also twice: a beam keeps its best hypotheses."""
@@ -229,9 +217,9 @@ class Generated(NamedTuple):
     prompt: int                 # tokens of the prompt
     exit_at: np.ndarray         # (len(ids) - 1,) in 1..L
     visited: np.ndarray         # (len(ids) - 1, L) bool
-    worked: np.ndarray | None = None        # this and the next two as in StepOutput; None after drafts
-    classified: np.ndarray | None = None
-    predicted: np.ndarray | None = None
+    worked: np.ndarray          # this and the next two as in StepOutput
+    classified: np.ndarray
+    predicted: np.ndarray
     log_prob: float = math.nan  # of a translation: log-probability / length^length_penalty
 
 

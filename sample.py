@@ -1,7 +1,6 @@
 """Sample from a run, or translate with it, each token coloured by the number of blocks that ran to write it.
 
     python sample.py --run 3 --prompt "def main(" --rule confidence:0.8     (--prompt -: standard input)
-    python sample.py --run 3 --speculate 2 --draft_tokens 6                 (as full depth would, faster)
     python sample.py --run 4 --prompt "A dog runs over the grass."          (a translator: a sentence a line)
 """
 import codecs
@@ -21,7 +20,6 @@ from data.parallel import source_ids
 from decode import generate, translate
 from exits import parse_rule
 from options import RunOptions, parse, refuse, rule_name
-from speculate import speculate
 
 END = " </s>"
 SHADES = (153, 159, 158, 157, 193, 229, 223, 217, 210, 203)     # of the 256 terminal colours: shallow to deep
@@ -36,8 +34,6 @@ class Options(RunOptions):
     temperature: float = 0.8    # 0: always the most likely token
     top_k: int = 50             # choose among this many most likely tokens; 0: all
     seed: int = 0
-    speculate: int = 0          # draft with so many blocks, keep what full depth agrees with; 0: do not
-    draft_tokens: int = 4       # with --speculate: tokens to draft at a time
     beam: int = 5               # translator: hypotheses; 1: greedy
     length_penalty: float = 1.0     # translator: hypotheses compare by log-probability / length^this
     color: Literal["auto", "always", "never"] = "auto"
@@ -51,13 +47,10 @@ def check(o, trained):
         raise UserError("--temperature, --top_k and --seed must be at least 0, "
                         "--length_penalty a small number")
     if trained.translate:
-        refuse(o, ("max_new_tokens", "samples", "temperature", "top_k", "speculate"),
+        refuse(o, ("max_new_tokens", "samples", "temperature", "top_k"),
                f"this run is a translator ({trained.translate})")
     else:
         refuse(o, ("beam", "length_penalty"), "this run is a GPT")
-    if not o.speculate:
-        return refuse(o, ("draft_tokens",), "no token is drafted without --speculate")
-    refuse(o, ("rule",), "--speculate writes what full depth would")
 
 
 def continuations(model, encoding, text, rule, o):
@@ -66,14 +59,8 @@ def continuations(model, encoding, text, rule, o):
     new = min(o.max_new_tokens, room - len(prompt))
     if 0 < new < o.max_new_tokens:
         print(f"(room for {new} new tokens: the context is {room})", file=sys.stderr)
-    how = {"temperature": o.temperature, "top_k": o.top_k or None, "eos_id": encoding.eot_token}
-    if not o.speculate:
-        return generate(model, [prompt] * o.samples, new, rule, seed=o.seed, **how)
-    texts, drafted, kept = zip(*(speculate(model, prompt, new, o.speculate, o.draft_tokens,
-                                           seed=[o.seed, b], **how) for b in range(o.samples)), strict=True)
-    print(f"drafted with {o.speculate} blocks: {sum(drafted)} tokens, "
-          f"{sum(kept) / max(1, sum(drafted)):.0%} accepted")
-    return texts
+    return generate(model, [prompt] * o.samples, new, rule, temperature=o.temperature, top_k=o.top_k or None,
+                    seed=o.seed, eos_id=encoding.eot_token)
 
 
 def tokens_of(row, encoding, source):
@@ -114,7 +101,7 @@ def main(argv=None):
     folder, trained, _, model = run.open_run(o.run, o.out, o.device)
     check(o, trained)
     torch.manual_seed(o.seed)
-    name = "full" if o.speculate else rule_name(o, trained)
+    name = rule_name(o, trained)
     rule, encoding, text = parse_rule(name, model), load_tokenizer(folder / "tokenizer.json"), o.prompt
     if text is None:
         text = run.read_json(folder / "meta.json", "prompt")

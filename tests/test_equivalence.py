@@ -17,7 +17,6 @@ from data.batches import Batch
 from model import GPT, GPTConfig, position_ids
 from options import Options
 from routing import NO_POSITION, causal, predictor_loss, top_k
-from speculate import speculate
 from train import aligned
 
 MODELS = {
@@ -221,7 +220,7 @@ def test_a_model_in_bfloat16_decodes():
         for logits in (low(ids, route), one_pass(low, ids, route=route).logits):
             assert logits.dtype == torch.bfloat16 and (logits - expected).norm() < 0.05 * expected.norm()
     row = decode.generate(low, [[1, 2], [3]], 20, exits.confidence(FOUR, 0.03), exited_kv="compute")[0]
-    assert len(row.ids) == 22 and len(speculate(low, [1, 2], 20, 1, 3)[0].ids) == 22
+    assert len(row.ids) == 22
 
 
 OURS = ["blocks.0.mlp", "blocks.0.cross", "blocks.1.block.attn.qkv", "blocks.2.attn", "blocks.1.predictor"]

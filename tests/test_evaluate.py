@@ -113,7 +113,7 @@ def test_what_cannot_be_is_refused_before_writing(copy, finished, pairs, dataset
     cases = {
         (sample, f"--run {copy}"): {
             "--temperature 0.5": "is a translator", "--beam 0": "at least 1",
-            "--speculate 2": "is a translator", "--length_penalty nan": "_penalty",
+            "--length_penalty nan": "_penalty",
             "--prompt |otter\n\nheron": "prompt: line 2 is empty"},
         (evaluate, f"--run {copy}"): {
             "--bleu test_2016": "there are val, test",

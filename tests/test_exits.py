@@ -9,7 +9,6 @@ from test_translation import END, loops, search
 
 import decode
 import exits
-from speculate import speculate
 
 N = 4
 
@@ -110,18 +109,15 @@ def test_sampling_follows_the_distribution_it_is_given():
 
 
 def test_what_cannot_be_decoded_is_refused():
-    """Positions clamped to the last one of the context; texts sampled with dropout; an empty prompt or a
-    draft that is an index error deep inside instead of a sentence."""
+    """Positions clamped to the last one of the context; texts sampled with dropout; an empty prompt
+    that is an index error deep inside instead of a sentence."""
     model, ids, full, long = tiny(), texts(), exits.full_depth, [1] * 20
     training, translator = tiny().train(), tiny_translator().train()
     for message, calls in {
             "exceed the context of 24": [lambda: model(texts(T=25))],
-            "the context is 24": [lambda: decode.generate(model, [long], 5, full),
-                                  lambda: speculate(model, long, 5, 1, 2)],
+            "the context is 24": [lambda: decode.generate(model, [long], 5, full)],
             "empty prompt": [lambda: decode.generate(model, [[1], []], 3, full)],
-            "cannot draft": [lambda: speculate(tiny(exits="last"), [1], 4, 2, 2)],
             "eval": [lambda: one_pass(training, ids), lambda: decode.generate(training, [[1]], 3, full),
-                     lambda: speculate(training, [1], 3, 1, 2),
                      lambda: decode.translate(translator, ids.tolist(), 1, full)]}.items():
         for call in calls:
             with pytest.raises(ValueError, match=message):

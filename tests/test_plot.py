@@ -223,7 +223,8 @@ def painted(folder, texts, lines=(), **options):
     rows, encoding = [], train_tokenizer(["$$ $$ $$"], 258)
     for prompt, written, blocks in texts:
         counts = np.array([L] * (len(prompt) - 1) + blocks)
-        rows.append(Generated([*prompt, *written], len(prompt), counts, np.arange(L) < counts[:, None]))
+        visited = np.arange(L) < counts[:, None]
+        rows.append(Generated([*prompt, *written], len(prompt), counts, visited, *[None] * 3))
     texts = [sample.tokens_of(*row) for row in zip(rows, [encoding] * 9, lines or [""] * 9, strict=False)]
     (folder / "sample.json").write_text(json.dumps({"n_layer": L, "texts": texts}), "utf-8")
     [ax] = plot.draw_text(folder / "sample.json", **options).axes

@@ -15,7 +15,7 @@ DATA = sorted(ROOT.glob("data/**/*.py"))
 README = (ROOT / "README.md").read_text("utf-8")
 CORE = "model exits routing experts linear decode cost options run train sample".split()
 SCRIPTS = "evaluate plot bench reproduce".split()
-BUDGETS = {     # lines, or bytes of a text; never raised. speculate.py, of neither paper, is in the sum alone
+BUDGETS = {     # lines, or bytes of a text; never raised
     "core": ([ROOT / f"{name}.py" for name in CORE], 2020),
     "scripts": ([ROOT / f"{name}.py" for name in SCRIPTS], 1190),
     "data": (DATA, 820),
@@ -28,10 +28,10 @@ BUDGETS = {     # lines, or bytes of a text; never raised. speculate.py, of neit
 MAY_IMPORT = {
     "linear": "", "routing": "linear", "experts": "routing linear", "exits": "linear data.common",
     "model": "exits experts routing linear data.common", "cost": "routing",
-    "decode": "exits routing data.common data.batches", "speculate": "decode exits routing data.common",
+    "decode": "exits routing data.common data.batches",
     "options": "data.common exits model routing", "run": "data.common options linear model",
     "train": "run options data.common data.batches decode exits routing",
-    "sample": "run options data.common data.parallel decode exits speculate",
+    "sample": "run options data.common data.parallel decode exits",
     "evaluate": "run options data.common data.batches data.parallel decode exits routing cost",
     "plot": "run options data.common", "reproduce": "run options data.common cost model",
     "bench": "run options data.common model exits routing decode cost linear",

@@ -11,7 +11,6 @@ from test_equivalence import close, naive
 
 import decode
 import exits
-import speculate
 from data.batches import Batch
 from model import position_ids
 from routing import NO_POSITION, Routing, causal, confusion, predictor_loss, report, top_k
@@ -40,8 +39,7 @@ def test_6_exactly_k_tokens_and_of_equal_weights_the_earlier_ones(T):
     assert runs[:, :k].all() and not runs[:, k:].any()
 
 
-@pytest.mark.parametrize("function", [decode.step, decode.generate, decode.translate,
-                                      speculate.speculate])
+@pytest.mark.parametrize("function", [decode.step, decode.generate, decode.translate])
 def test_7_decoding_compares_no_tokens(function):
     """7: top-k while decoding runs every token, since the best of one token is that token."""
     assert inspect.signature(function).parameters["route"].default is causal

@@ -98,23 +98,13 @@ def test_rules_by_name(folder, capsys, rule, depth):
     assert f", {rule}: 8 tokens, exit after block {depth}.00 of 4" in capsys.readouterr().out
 
 
-def test_drafts_write_what_full_depth_writes(folder, capsys):
-    """An option that changes the text, or does nothing."""
-    texts = []
-    for words in ("--rule full", "--speculate 1", "--speculate 3 --draft_tokens 2 --samples 2"):
-        sample.main(["--run", str(folder), "--max_new_tokens", "8", "--temperature", "0", *words.split()])
-        assert ("accepted" in capsys.readouterr().out) == ("--speculate" in words)
-        texts += [[s for s, *_ in text] for text in run.read_json(folder / "sample.json", "texts")]
-    assert len(texts) == 4 and texts == [texts[0]] * 4
-
-
 def test_a_token_has_the_colour_of_the_step_that_wrote_it():
     """Depths shifted by one; line ends painted to the right margin; half a character printed twice."""
     ranks = {b"a": 0, b" \xe2\x86": 1, b"\x92\n": 2, b"\n\n": 3, b"b\xc3": 4}
     encoding = tiktoken.Encoding("letters", pat_str="a", mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": 5})
     visited = np.arange(3) < np.array([3, 1, 2, 3, 3])[:, None]
-    row = Generated([0, 0, 1, 2, 3, 4], 2, visited.sum(1), visited)
+    row = Generated([0, 0, 1, 2, 3, 4], 2, visited.sum(1), visited, *[None] * 3)
     tokens, shade = sample.tokens_of(row, encoding, ""), "\033[30;48;5;{}m".format
     assert sample.paint(tokens, 3) == \
         f"aa{shade(153)} \033[0m{shade(193)}→\033[0m\n\n\n{shade(203)}b\ufffd\033[0m"
@@ -152,11 +142,10 @@ SAMPLING = {
     "one threshold or 3": "--rule confidence:0.5,0.5", "no exit predictor": "--rule learned",
     "block from 1 to 4": "--rule fixed:9; --rule fixed:1.5", "could not convert": "--rule fixed:x",
     "from 0 to 1": "--rule confidence:nan; --rule confidence:-3", "other numbers": "--rule random:3",
-    "rules are full, fixed,": "--rule sometimes", "--draft_tokens would do nothing": "--draft_tokens 2",
-    "at least": "--max_new_tokens 0; --seed -1; --temperature -1; --temperature nan; "
-        "--speculate 2 --draft_tokens 0",
-    "has 1 to 1": "--run 7", "has none yet": "--out nothing --run last", "1, 2, 3": "--speculate 4",
-    "--rule would do nothing": "--speculate 2 --rule fixed:3", "--beam would do nothing": "--beam 2"}
+    "rules are full, fixed,": "--rule sometimes",
+    "at least": "--max_new_tokens 0; --seed -1; --temperature -1; --temperature nan",
+    "has 1 to 1": "--run 7", "has none yet": "--out nothing --run last",
+    "--beam would do nothing": "--beam 2"}
 
 
 @pytest.mark.parametrize("main, words, said", [
