@@ -3,11 +3,13 @@
     runs/007/options.json     every option and the environment (torch, device, commit)
             tokenizer.json    copied, so that a run can be sampled without its data; meta.json likewise
             metrics.jsonl     one line per logged step and per evaluation
-            ckpt.pt           weights, optimiser, step; replaced atomically
+            ckpt.pt           weights, optimiser, step, digests of the JSON files; replaced atomically
+            lock              the process that trains the run, while it does
             depth.npz, figures/, sample.txt ...   written by evaluate.py, plot.py, sample.py
 """
 import contextlib
 import json
+import os
 import platform
 import re
 import signal
@@ -15,14 +17,16 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import filelock
 import torch
 
 import options
-from data.common import UserError, reading, write_file
+from data.common import UserError, digests, reading, unchanged, write_file
 from linear import PROCESSOR
 from model import GPT, Seq2Seq
 
 HERE = Path(__file__).resolve().parent
+FILES = "options.json", "meta.json", "tokenizer.json"       # what a run begins with, never written again
 
 
 def device_of(name):
@@ -77,18 +81,25 @@ def read_json(path, key=None):
 
 
 def read_metrics(folder):
-    """The lines of metrics.jsonl as dicts; a line cut short by a crash is dropped."""
-    path, metrics = Path(folder) / "metrics.jsonl", []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            metrics.append(json.loads(line))
-    return metrics
+    """The lines of metrics.jsonl as dicts; a last line cut short by a crash is dropped. UserError if it is
+    damaged."""
+    path = Path(folder) / "metrics.jsonl"
+    with reading(path):
+        *lines, _ = path.read_text("utf-8").split("\n")
+        metrics = [json.loads(line) for line in lines]
+        if not all(m["kind"] in ("train", "val") and m["step"] >= 0 and m["loss"] for m in metrics):
+            raise ValueError("other JSON")
+        return metrics
 
 
 def start_metrics(folder, step):
     """Cut metrics.jsonl back to what came before `step`; the evaluation at `step` itself is done again."""
-    kept = [m for m in read_metrics(folder) if m["step"] < step + (m["kind"] == "train")]
-    write_file(Path(folder) / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
+    path = Path(folder) / "metrics.jsonl"
+    kept = [m for m in read_metrics(folder) if m["step"] < step + (m["kind"] == "train")] if step else []
+    with reading(path):
+        if [m["step"] for m in kept if m["kind"] == "train"] != list(range(1, step + 1)):
+            raise ValueError(f"steps up to {step} are missing")
+    write_file(path, "".join(json.dumps(m) + "\n" for m in kept))
 
 
 def log_metrics(folder, kind, step, **values):
@@ -120,20 +131,35 @@ def find(run, out="runs"):
     if number in known:
         return known[number]
     has = f"has {min(known)} to {max(known)}" if known else "has none yet"
-    raise UserError(f"no run '{run}': {out} {has}. `python train.py` makes one")
+    raise UserError(f"no run '{run}' (a folder with options.json): {out} {has}. `python train.py` makes one")
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Train this run in here. UserError while another process does; its lock ends when it ends."""
+    path = Path(folder) / "lock"
+    try:
+        with filelock.FileLock(path, timeout=0):
+            path.write_text(f"{os.getpid()}\n", "utf-8")
+            yield
+    except filelock.Timeout:
+        holder = path.read_text("utf-8").strip()
+        raise UserError(f"{folder} is being trained by process {holder} ({path})") from None
 
 
 def stored_options(run, out="runs"):
     """-> path of a run's options.json, its options as a flat dict."""
     path = find(run, out) / "options.json"
-    return path, read_json(path, "options")
+    with reading(path):
+        return path, dict(read_json(path, "options"))
 
 
 def same_data(run, data, names):
     """UserError unless the files of these names are the same in the folders of a run and of a data set."""
     for name in names:
-        if (run / name).read_bytes() != (data / name).read_bytes():
-            raise UserError(f"{data} is not the data of {run}: {name} differs")
+        with reading(run / name):
+            if (run / name).read_bytes() != (data / name).read_bytes():
+                raise UserError(f"{data} is not the data of {run}: {name} differs")
 
 
 def build(o, vocab_size):
@@ -145,39 +171,46 @@ def open_run(run, out="runs", device="auto"):
     """-> (folder, Options, device, model in eval mode with the run's weights)."""
     device, (path, table) = device_of(device), stored_options(run, out)
     folder, trained = path.parent, options.from_file(path, table)
+    state = load(folder, device)
     model = build(trained, read_json(folder / "meta.json", "vocab_size")).to(device)
-    fill(model, load(folder, device)["model"], folder)
+    fill(model, state, folder)
     return folder, trained, device, model.eval()
 
 
 def save(folder, step, model, optimizer):
-    """Write ckpt.pt."""
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    """Write ckpt.pt, after the metrics up to here have reached the disk."""
+    with open(Path(folder) / "metrics.jsonl", "ab") as metrics:
+        os.fsync(metrics.fileno())
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
+             "files": digests(folder, FILES)}
     write_file(Path(folder) / "ckpt.pt", lambda f: torch.save(state, f))
 
 
 def load(folder, device):
-    """ckpt.pt -> its dict, every byte checked. UserError if it is missing or damaged."""
+    """ckpt.pt -> its dict, every byte checked. UserError if it, or a file of the run's beginning, is missing,
+    damaged or edited."""
     path = Path(folder) / "ckpt.pt"
     with reading(path):
         if damaged := zipfile.ZipFile(path).testzip():          # torch.load accepts flipped bytes
             raise RuntimeError(f"checksum of {damaged}")
         state = torch.load(path, map_location=device, weights_only=True)
+        unchanged(folder, {name: state["files"][name] for name in FILES})
+        if state["step"] not in range(2**31):
+            raise ValueError("no step")
         return {part: state[part] for part in ("step", "model", "optimizer")}
 
 
-def fill(model, weights, folder):
-    """Load weights. UserError if they are those of another model."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        first = str(e).splitlines()[1].strip()[:150]
-        raise UserError(f"{folder}/ckpt.pt does not fit, it has another model: {first}") from None
-
-
-def start_from(model, folder, device):
-    """Give the model the weights of another run; only an exit predictor may be new."""
-    ours, theirs = model.state_dict(), load(folder, device)["model"]
-    new = {name: w for name, w in ours.items() if name.startswith("exit_predictor.")}
-    known = {name: w for name, w in theirs.items() if name in ours or not name.startswith("exit_predictor.")}
-    fill(model, {**new, **known}, folder)
+def fill(model, state, folder, optimizer=None, new="-"):
+    """Load what `load` returned: weights, and AdamW's moments. Parameters whose names start with `new` may be
+    in one of the two alone. UserError if it is the checkpoint of another model."""
+    with reading(Path(folder) / "ckpt.pt"):
+        names = model.load_state_dict(state["model"], strict=False)
+        other = [n for n in (*names.missing_keys, *names.unexpected_keys) if not n.startswith(new)]
+        if other:
+            raise ValueError(f"another model, {other[0]}")
+        if optimizer:           # which does not compare shapes; its rates are those of the options
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]})
+            for p, moments in optimizer.state.items():
+                like = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+                if any(moments[k].shape != t.shape or moments[k].dtype != t.dtype for k, t in like.items()):
+                    raise ValueError("moments of another model")

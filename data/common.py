@@ -4,8 +4,8 @@ A prepared set is one folder:
 
     train.bin, val.bin ...   token ids, little-endian uint16, EOT after each text; the two of a pair in turn
     tokenizer.json           the split pattern and all tokens in order of id
-    meta.json                name, source, sizes, prompt, "languages" of sentence pairs; written last:
-                             present = complete
+    meta.json                name, source, sizes, prompt, "languages" of sentence pairs, "sha256" of the other
+                             files; written last: present = complete
 """
 import contextlib
 import functools
@@ -15,6 +15,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import sys
 import tarfile
 import time
@@ -32,6 +33,8 @@ HERE = Path(__file__).resolve().parent
 EOT = "<|endoftext|>"       # the one special token, id V-1
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 ARCHIVE_LIMIT = 2 << 30     # bytes taken from one archive: a small one can unpack to more than the memory
+SAVE_MEMORY = "in training double --grad_accum_steps, or halve --batch_size, --batch_tokens, --block_size; " \
+    "elsewhere halve --samples or --batch_size"
 
 # Text is cut into these pieces before BPE, and no token crosses a cut. Every character matches one of them,
 # so nothing is lost; without look-ahead the time to match is linear on any input.
@@ -59,8 +62,13 @@ def command(main):
         except BrokenPipeError:     # the reader of the output, such as head, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
-        except (UserError, OSError, MemoryError) as error:
+        except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except (MemoryError, RuntimeError) as error:    # of a CPU torch says it in words only
+            if isinstance(error, RuntimeError) and not re.search("(of|ate|enough) memory", str(error)):
+                raise
+            print(f"error: out of memory, {SAVE_MEMORY} ({str(error):.200})", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
@@ -132,13 +140,26 @@ def token_bytes(encoding):
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever goes wrong in here means: this file is damaged. UserError with its name."""
+    """Whatever its content makes go wrong in here means: this file is damaged. UserError with its name."""
     try:
         yield
     except UserError:
         raise
     except Exception as e:      # numpy, zipfile, zlib, json and torch raise a dozen kinds
-        raise UserError(f"cannot read {path}, it is missing or damaged: {e!r:.200}") from None
+        raise UserError(f"cannot read {path}: it is missing, damaged or does not fit ({e!r:.200})") from None
+
+
+def digests(folder, names):
+    """{name: sha256} of files in a folder."""
+    return {name: hashlib.sha256(Path(folder, name).read_bytes()).hexdigest() for name in names}
+
+
+def unchanged(folder, expected):
+    """UserError unless the files of a folder have the digests {name: sha256} that they were written with."""
+    for name, digest in expected.items():
+        with reading(Path(folder, name)):
+            if digests(folder, [name])[name] != digest:
+                raise ValueError("not the file that was written")
 
 
 def write_file(path, content):
@@ -164,7 +185,7 @@ def download(urls, path, sha256):
     """Fetch path from the first of urls that answers with the expected content, unless path has it -> path.
     UserError when all fail, saying what to do by hand; path is then as it was."""
     path, failures = Path(path), []
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+    if path.is_file() and digests(path.parent, [path.name])[path.name] == sha256:
         return path
     for url in urls:
         try:
@@ -283,6 +304,7 @@ def write_set(out, splits, vocab_size, *, prefix="", **meta):
     for split, ids in files.items():
         write_file(out / f"{split}.bin", ids.tobytes())
     save_tokenizer(out / "tokenizer.json", encoding)
+    meta["sha256"] = digests(out, ["tokenizer.json", *(f"{split}.bin" for split in files)])
     write_file(out / "meta.json", (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode())
     out = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
     print(f"wrote {out} in {time.perf_counter() - start:.1f} s")
@@ -299,19 +321,17 @@ def load_splits(folder, kind):
     command that prepares it, the first one in the docstring of prepare.py."""
     folder, splits = Path(folder), {}
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        encoding, languages = load_tokenizer(folder / "tokenizer.json"), meta.get("languages")
-        if (size := meta["vocab_size"]) != encoding.n_vocab:
-            raise ValueError(f"meta.json says {size} tokens, tokenizer.json {encoding.n_vocab}")
-        for split, counts in meta["splits"].items():
-            file, tokens = folder / f"{split}.bin", counts["tokens"]
-            texts = 2 * counts["pairs"] if languages else counts["documents"]
-            if (size := file.stat().st_size) == 0 or size != 2 * tokens:
-                raise ValueError(f"{file.name} has {size} bytes, meta.json says {tokens} tokens of 2 bytes")
-            splits[split] = ids = np.asarray(np.memmap(file, "<u2", "r"))
-            if ids.max() >= encoding.n_vocab or np.count_nonzero(ids == encoding.eot_token) != texts:
-                raise ValueError(f"{file.name} is not {texts} texts of ids below {encoding.n_vocab}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        with reading(folder / "meta.json"):
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            languages, files = meta.get("languages"), {split: f"{split}.bin" for split in meta["splits"]}
+            expected = {name: meta["sha256"][name] for name in ("tokenizer.json", *files.values())}
+            unchanged(folder, expected)
+            encoding = load_tokenizer(folder / "tokenizer.json")
+            if meta["vocab_size"] != encoding.n_vocab or not {"train", "val"} <= files.keys():
+                raise ValueError("another vocabulary, or no train and val")
+        for split, name in files.items():
+            splits[split] = np.asarray(np.memmap(folder / name, "<u2", "r"))
+    except UserError as error:
         problem = "damaged" if is_prepared(folder) else "not prepared"
         own = (folder / "prepare.py").is_file()
         doc = (folder if own else HERE / kind).joinpath("prepare.py").read_text(encoding="utf-8")

@@ -1,4 +1,5 @@
 """Tiny real models and a tiny trained run for all tests. No network: a connection is an error."""
+import json
 import random
 import shutil
 import socket
@@ -14,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import decode  # noqa: E402
 import train as script  # noqa: E402
+from data.common import digests  # noqa: E402
 from data.pairs import prepare as prepare_pairs  # noqa: E402
 from data.text import prepare as prepare_text  # noqa: E402
 from exits import full_depth  # noqa: E402
@@ -120,6 +122,17 @@ def dataset(tmp_path_factory):
         body = "".join(f"def f{n}_{i}(x, y):\n    return x * {i} + y - {n}\n\n" for i in range(60))
         (source / f"part{n}.py").write_text(body, encoding="utf-8")
     prepare_text.main(["--source", str(source), "--vocab-size", "300", "--out", str(folder)])
+    return folder
+
+
+def with_other_words(dataset, folder):
+    """A copy of a prepared set in which two tokens have changed places."""
+    shutil.copytree(dataset, folder)
+    words, meta = (json.loads((folder / name).read_text("utf-8")) for name in ("tokenizer.json", "meta.json"))
+    words["tokens"][-2:] = words["tokens"][:-3:-1]
+    (folder / "tokenizer.json").write_text(json.dumps(words), "utf-8")
+    meta["sha256"] |= digests(folder, ["tokenizer.json"])
+    (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
     return folder
 
 

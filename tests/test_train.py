@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, texts, tiny
+from conftest import TINY, texts, tiny, with_other_words
 from test_scripts import no_figures, refused  # noqa: F401
 
 import run
@@ -19,7 +19,8 @@ from options import Options, read_options
 
 
 def weights(folder):
-    return torch.load(folder / "ckpt.pt", weights_only=True)
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    return {part: state[part] for part in ("step", "model", "optimizer")}
 
 
 def equal(a, b):
@@ -48,7 +49,7 @@ def test_stopping_and_resuming_changes_no_bit(train, tmp_path, k):
     whole = train(*extra, out=tmp_path / "a")
     part = train(*extra, "--stop_at", k, "--eval_every", 1, out=tmp_path / "b")
     with open(part / "metrics.jsonl", "a", encoding="utf-8") as file:       # as if killed after a checkpoint
-        file.write('{"kind": "val", "step": 9}\n{"kind": "tr')
+        file.write('{"kind": "val", "step": 9, "loss": [1]}\n{"kind": "tr')
     script.main(["--resume", str(part)])
     assert equal(weights(whole), weights(part)) and weights(part)["step"] == 8
     assert val_lines(whole) == val_lines(part)[::4] and len(val_lines(part)) == 9
@@ -73,7 +74,9 @@ def test_a_step_is_clipped_and_finite_or_not_taken(train, tmp_path, monkeypatch,
         return step(self, *a)
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     monkeypatch.setitem(script.OBJECTIVES, "aligned", broken)
-    said = refused(capsys, lambda _: train("--grad_clip", 0.01))
+    with pytest.raises(SystemExit) as end:
+        train("--grad_clip", 0.01)
+    said = end.value.code       # printed, with exit status 1
     assert "step 6" in said and "step 4" in said and "--lr" in said and len(norms) == 6
     assert max(norms) <= 0.0101 < min(m["norm"] for m in lines(tmp_path / "runs" / "001", "train"))
 
@@ -177,11 +180,10 @@ def test_other_data_is_refused(train, dataset, tmp_path, capsys):
     script.main(["--resume", str(folder), "--data", str(moved), "--stop_at", "2"])      # the same data
     from_run = ["--init_from", folder, "--data", moved, "--out", tmp_path / "new", *TINY[8:]]
     script.main([*map(str, from_run), "--stop_at", "1"])
-    for name, key in (("tokenizer", "tokens"), ("meta", "source")):
-        content = run.read_json(moved / f"{name}.json")
-        swapped = content[key][:-2] + content[key][:-3:-1]
-        (moved / f"{name}.json").write_text(json.dumps(content | {key: swapped}), "utf-8")
-        assert f"{name}.json" in refused(capsys, script.main, "--resume", folder, "--data", moved)
+    meta = run.read_json(moved / "meta.json")
+    (moved / "meta.json").write_text(json.dumps(meta | {"source": "other texts"}), "utf-8")
+    assert "meta.json differs" in refused(capsys, script.main, "--resume", folder, "--data", moved)
+    from_run[3] = with_other_words(dataset, tmp_path / "other")
     assert "tokenizer.json differs" in refused(capsys, script.main, *from_run)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["001"]
 

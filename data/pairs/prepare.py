@@ -25,8 +25,11 @@ def main(source: Files, languages: tuple[str, str], val: Files | None = None, te
          tokenize: str = "13a", vocab_size: int = 4096, out: Path = HERE):
     if len(set(languages)) != 2 or not all(language.isalpha() for language in languages):
         raise UserError(f"--languages {' '.join(languages)}: give two different names made of letters")
-    if tokenize not in BLEU.TOKENIZERS:
-        raise UserError(f"--tokenize {tokenize}: sacrebleu has {', '.join(BLEU.TOKENIZERS)}")
+    try:
+        BLEU(tokenize=tokenize)
+    except Exception as error:      # unknown, or it needs a package or a model that is not here
+        known = ", ".join(BLEU.TOKENIZERS)
+        raise UserError(f"--tokenize {tokenize}: sacrebleu has {known} ({error})") from None
     files = {"train": source, "val": val, "test": test}
     splits = {split: read_pairs(paths, languages, split) for split, paths in files.items() if paths}
     if not val:

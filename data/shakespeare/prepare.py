@@ -26,9 +26,3 @@ def main(source: Path | None = None, vocab_size: int = 1024, out: Path = HERE):
     [(_, text), *_] = read_texts([path])
     splits = cut_at_line(text, val_share=0.1)
     write_set(out, splits, vocab_size, name="shakespeare", source=path.name, prompt="ROMEO:")
-
-# Expected output (2 CPU cores):
-# shakespeare: input.txt, vocabulary 1024
-#  train: 1 documents, 1,003,856 bytes, 408,438 tokens, 2.46 bytes per token
-#    val: 1 documents, 111,538 bytes, 48,844 tokens, 2.28 bytes per token
-# wrote data/shakespeare in 0.1 s
