@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from data.batches import pad_rows, positions_of
 from data.common import UserError
 from exits import ExitState, full_depth, to_float32, token_losses
-from routing import NO_POSITION, ROUTES, causal, confusion
+from routing import NO_POSITION, ROUTES, causal, confusion, report
 
 
 class LayerCache:
@@ -40,7 +40,13 @@ class LayerCache:
     def append(self, k, v, pos):
         """k, v (B,nh,P+T,hs) at pos (B,P+T) -> those of all tokens so far (B,nh,M,hs), their pos (B,M)."""
         B, T = pos.shape        # here with the P pending ones
-        self.grow(max(self.used) + T, k)
+        if self.kv is None:
+            self.kv = k.new_zeros(2, *k.shape[:2], 0, k.size(-1))
+        size = self.kv.size(3)
+        if (missing := max(self.used) + T - size) > 0:      # grow by doubling, which copies the buffers
+            more = max(missing, size, 64)
+            self.kv = F.pad(self.kv, (0, 0, 0, more))
+            self.pos = F.pad(self.pos, (0, more), value=NO_POSITION)
         if min(self.used) == max(self.used):            # a slice is faster than indices
             slots = slice(self.used[0], self.used[0] + T)
             self.kv[0, :, :, slots], self.kv[1, :, :, slots], self.pos[:, slots] = k, v, pos
@@ -52,16 +58,6 @@ class LayerCache:
         self.used = [used + n for used, n in zip(self.used, present, strict=True)]
         M = max(self.used)
         return self.kv[0, :, :, :M], self.kv[1, :, :, :M], self.pos[:, :M]
-
-    def grow(self, size, k):
-        """Grow the buffers to at least `size` slots, by doubling (copies them)."""
-        if self.kv is None:
-            self.kv = k.new_zeros(2, *k.shape[:2], 0, k.size(-1))
-        old = self.kv.size(3)
-        if old < size:
-            more = max(size - old, old, 64)
-            self.kv = F.pad(self.kv, (0, 0, 0, more))
-            self.pos = F.pad(self.pos, (0, more), value=NO_POSITION)
 
     def reorder(self, rows):
         self.kv = None if self.kv is None else self.kv[:, rows]
@@ -162,10 +158,11 @@ def step(model, ids, pos, cache, rule, route=causal, exited_kv="copy"):
     return StepOutput(logits, exit_at, visited, worked, state.classified, state.predicted, weight)
 
 
-def evaluate_loss(model, batches, context, stop=()):
-    """Batches under teacher forcing at full depth -> {routing rule: (loss (N,) of every exit in nats, summed
-    over tokens; counts (4,) of `routing.confusion`)}; None if `stop` became true."""
-    device, result, m = model.wte.weight.device, {}, model.config
+def evaluate_loss(model, batches, context, stop=(), route="top_k"):
+    """Batches under teacher forcing at full depth -> {"loss": {routing rule: [nats per token of each exit]}};
+    with routed blocks also "predictor", how well the causal logit predicts the choice of the rule `route`.
+    None if `stop` became true."""
+    device, result, m = model.wte.weight.device, {"loss": {}}, model.eval().config
     for name in ROUTES if m.routed_blocks() or m.experts else ["top_k"]:
         losses, counts = torch.zeros(len(model.classifiers.blocks), dtype=torch.float64), torch.zeros(4)
         for i, batch in enumerate(batches):
@@ -180,7 +177,9 @@ def evaluate_loss(model, batches, context, stop=()):
                     if routing.logit is not None:
                         counts += confusion(routing, batch.mask).cpu()
             losses += torch.stack(exits).cpu()
-        result[name] = losses, counts
+        result["loss"][name] = (losses / sum(batch.count for batch in batches)).tolist()
+        if name == route and m.routed_blocks():
+            result["predictor"] = report(counts)
     return result
 
 
@@ -223,24 +222,18 @@ class Generated(NamedTuple):
     log_prob: float = math.nan  # of a translation: log-probability / length^length_penalty
 
 
-def check_prompts(model, prompts, max_new_tokens):
-    """The longest prompt's length. UserError for an empty prompt or one that leaves no room."""
-    P = max(map(len, prompts), default=0)
-    if not prompts or not all(prompts):
-        raise UserError("an empty prompt: give at least one token")
-    if max_new_tokens < 1 or P + max_new_tokens > model.config.block_size:
-        raise UserError(f"a prompt of {P} tokens leaves no room for {max_new_tokens} new ones (at least 1): "
-                        f"the context is {model.config.block_size}")
-    return P
-
-
 def generate(model, prompts, max_new_tokens, rule, route=causal, temperature=1.0, top_k=None, seed=0,
              eos_id=None, memory=None, exited_kv="copy"):
     """Continue every prompt (a list of ids) by at most max_new_tokens, all rows at once -> [Generated].
 
     A row stops at token eos_id. Row b draws from default_rng([seed, b]), whatever the other rows are. memory:
     of a Seq2Seq, one row for each prompt. UserError for an empty or over-long prompt."""
-    device, B, P = model.wte.weight.device, len(prompts), check_prompts(model, prompts, max_new_tokens)
+    device, B, P = model.wte.weight.device, len(prompts), max(map(len, prompts), default=0)
+    if not prompts or not all(prompts):
+        raise UserError("an empty prompt: give at least one token")
+    if max_new_tokens < 1 or P + max_new_tokens > model.config.block_size:
+        raise UserError(f"a prompt of {P} tokens leaves no room for {max_new_tokens} new ones (at least 1): "
+                        f"the context is {model.config.block_size}")
     u = torch.tensor(np.stack([np.random.default_rng([seed, b]).random(max_new_tokens) for b in range(B)]))
     length, active = torch.tensor([len(prompt) for prompt in prompts]), torch.ones(B, dtype=torch.bool)
     cache = Cache(model, B, P + max_new_tokens, memory)

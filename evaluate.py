@@ -24,7 +24,7 @@ import cost
 import exits
 import run
 from data.batches import batches_of, bits_per_byte, open_data
-from data.common import UserError, command, write_file
+from data.common import UserError, command, reading, write_file
 from data.parallel import direction, sentence, source_ids
 from decode import COUNTED, Cache, evaluate_loss, step, translate
 from options import RunOptions, parse, refuse, rule_name
@@ -250,14 +250,17 @@ def main(argv=None):
     rules = list(o.rules) or [*dict.fromkeys([*fixed, "full", named])]
     context = run.autocast(device, trained.dtype)
     batches = batches_of(data, "val", trained, trained.grad_accum_steps).fixed(trained.eval_windows)
-    tokens, per_byte = sum(b.count for b in batches), bits_per_byte(batches, data.encoding)
+    per_byte = bits_per_byte(batches, data.encoding)
     path = folder / "evaluation.json"
-    before = run.read_json(path) if path.exists() and not o.data else {}
+    with reading(path):
+        before = run.read_json(path) if path.exists() and not o.data else {"forced": [], "translated": {}}
+        for rows in (before["forced"], *before["translated"].values()):
+            merged(rows, [])        # they are rows
     result = {"options": json.loads(json.dumps(vars(o), default=str)), **run.environment(device),
               "parameters": sum(p.numel() for p in model.parameters()), "val": {},
-              "translated": before.get("translated", {})}
-    for route, (losses, _) in evaluate_loss(model, batches, context).items():
-        loss, bits = (losses / tokens).tolist(), (losses / tokens * per_byte).tolist()
+              "translated": before["translated"]}
+    for route, loss in evaluate_loss(model, batches, context)["loss"].items():
+        bits = [nats * per_byte for nats in loss]
         result["val"][route] = {"loss": loss, "bits_per_byte": bits}
         print(f"val, {route}: loss by exit", *(f"{v:.3f}" for v in loss), f"| {bits[-1]:.3f} bits/byte")
     depth = under_rule(model, batches, named, trained, context, o.exited_kv)
@@ -270,8 +273,8 @@ def main(argv=None):
         for exit_, right, rule in result["search"]:
             print(f"search: exit {exit_:.2f}, right {right:.1%}: {rule}")
         rules += [rule for *_, rule in result["search"]]    # confirmed by reading and translating for real
-    result["forced"] = merged(before.get("forced", []), forced(model, batches, rules, trained, context, o,
-                                                               {named: depth}))
+    rows = forced(model, batches, rules, trained, context, o, {named: depth})
+    result["forced"] = merged(before["forced"], rows)
     for split in o.bleu:
         rows = translate_split(model, data, split, trained, folder, o, rules)
         result["translated"][split] = merged(result["translated"].get(split, []), rows)

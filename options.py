@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from data.common import UserError
+from data.common import UserError, reading
 from exits import WEIGHTS
 from model import Seq2SeqConfig
 from routing import ROUTES
@@ -163,10 +163,16 @@ def parse(argv, kind=Options):
     return tyro.cli(kind, args=argv, config=(tyro.conf.FlagConversionOff,))
 
 
-def from_file(path, table, more=()):
-    """The options in a file, then `more` arguments -> Options; a complaint ends with the file's name."""
+def from_file(path, table, more=(), whole=True):
+    """The options in a file, then `more` arguments -> Options, checked if these are the whole; a complaint
+    has the file's name."""
     try:
-        return parse([*as_arguments(table), *more])
+        o = parse([*as_arguments(table), *more])
+        if whole:
+            check(o)
+        return o
+    except UserError as error:
+        raise UserError(f"{error} (with the options in {path})") from None
     except SystemExit:
         print(f"(with the options in {path})", file=sys.stderr)
         raise
@@ -177,11 +183,9 @@ def preset(name):
     paths = {p.stem: p for p in sorted(CONFIGS.glob("*.toml"))}
     if name not in paths:
         raise UserError(f"unknown preset '{name}'; there are: {', '.join(paths)} (configs/*.toml)")
-    try:
+    with reading(paths[name]):
         table = tomllib.loads(paths[name].read_text("utf-8"))
-    except tomllib.TOMLDecodeError as e:
-        raise UserError(f"{paths[name]} is not valid TOML: {e}") from None
-    from_file(paths[name], table)       # checks it
+    from_file(paths[name], table, whole=False)
     return as_arguments(table)
 
 

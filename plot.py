@@ -215,12 +215,14 @@ def main(argv=None):
     folder = run.find(options.run, options.out)
     files = {draw_loss: "metrics.jsonl", draw_frontier: "evaluation.json", draw_text: "sample.json",
              **dict.fromkeys((draw_map, draw_depth, draw_when, draw_router), "depth.npz")}
-    (folder / "figures").mkdir(exist_ok=True)
+    figures = []
     for draw, file in files.items():
-        path, picture = folder / file, folder / "figures" / f"{draw.__name__.removeprefix('draw_')}.png"
-        more = [options] if draw is draw_map else []
+        path, more = folder / file, [options] if draw is draw_map else []
         with reading(path):
-            fig = draw(path, *more) if path.exists() else None
+            figures.append((draw(path, *more) if path.exists() else None, file, draw.__name__[5:]))
+    (folder / "figures").mkdir(exist_ok=True)
+    for fig, file, name in figures:
+        picture = folder / "figures" / f"{name}.png"
         picture.unlink(missing_ok=True)
         if fig is None:
             print(f"left out {picture}: no {file}, or too little in it")

@@ -53,16 +53,6 @@ def check(o, trained):
         refuse(o, ("beam", "length_penalty"), "this run is a GPT")
 
 
-def continuations(model, encoding, text, rule, o):
-    """`samples` Generated that begin with the text."""
-    prompt, room = encoding.encode_ordinary(text), model.config.block_size
-    new = min(o.max_new_tokens, room - len(prompt))
-    if 0 < new < o.max_new_tokens:
-        print(f"(room for {new} new tokens: the context is {room})", file=sys.stderr)
-    return generate(model, [prompt] * o.samples, new, rule, temperature=o.temperature, top_k=o.top_k or None,
-                    seed=o.seed, eos_id=encoding.eot_token)
-
-
 def tokens_of(row, encoding, source):
     """A Generated -> [[string, exit, blocks] of every token]. exit and blocks are those of the step that
     wrote it, None in the prompt. In a translation the words of `source` replace the prompt."""
@@ -113,7 +103,12 @@ def main(argv=None):
         sources = source_ids(encoding, lines, model.config.block_size, "the prompt")
         rows = translate(model, sources, encoding.eot_token, rule, o.beam, o.length_penalty)
     else:
-        rows = continuations(model, encoding, text, rule, o)
+        prompt, room = encoding.encode_ordinary(text), model.config.block_size
+        new = min(o.max_new_tokens, room - len(prompt))
+        if 0 < new < o.max_new_tokens:
+            print(f"(room for {new} new tokens: the context is {room})", file=sys.stderr)
+        rows = generate(model, [prompt] * o.samples, new, rule, temperature=o.temperature,
+                        top_k=o.top_k or None, seed=o.seed, eos_id=encoding.eot_token)
         lines = [""] * len(rows)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ if o.color == "auto" else o.color == "always"
     texts = [tokens_of(row, encoding, line) for row, line in zip(rows, lines, strict=True)]

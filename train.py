@@ -18,7 +18,7 @@ from data.batches import batches_of, bits_per_byte, open_data
 from data.common import UserError, command, write_file
 from decode import evaluate_loss
 from options import as_dict, read_options, rule_name
-from routing import ROUTES, predictor_loss, report
+from routing import ROUTES, predictor_loss
 
 
 def aligned(model, batch, scale, o):
@@ -102,13 +102,12 @@ def begin(o):
         folder = run.find(o.resume, o.out)
         run.same_data(folder, source, ("meta.json", "tokenizer.json"))
         stored = run.load(folder, device)
-        run.fill(model, stored["model"], folder)
-        optimizer.load_state_dict(stored["optimizer"])
+        run.fill(model, stored, folder, optimizer)
         return folder, data.encoding, batches, model, optimizer, stored["step"]
     if o.init_from:
         other = run.find(o.init_from, o.out)
         run.same_data(other, source, ("tokenizer.json",))
-        run.start_from(model, other, device)
+        run.fill(model, run.load(other, device), other, new="exit_predictor.")
     folder = run.new_folder(o.out)
     for name in ("meta.json", "tokenizer.json"):
         shutil.copy(source / name, folder / name)
@@ -141,19 +140,6 @@ def step_once(model, optimizer, training, o, t, context):
     return {"loss": loss, "norm": norm, "lr": rate, "seconds": seconds}, batch.count / seconds
 
 
-def evaluate(model, batches, context, stop=(), route="top_k"):
-    """-> metrics: loss (nats per token) of every exit under each routing rule, how well the causal logit
-    predicts the rule `route`; None if an interrupt came."""
-    model.eval()
-    measured, tokens = evaluate_loss(model, batches, context, stop), sum(b.count for b in batches)
-    if measured is None:
-        return None
-    result = {"loss": {rule: (losses / tokens).tolist() for rule, (losses, _) in measured.items()}}
-    if model.config.routed_blocks():
-        result["predictor"] = report(measured[route][1])
-    return result
-
-
 def describe(result):
     """One line of an evaluation."""
     several = len(result["loss"]) > 1
@@ -164,6 +150,13 @@ def describe(result):
         parts.append("causal logit right {accuracy:.1%} (always no: {base_rate:.1%}), "
                      "precision {precision:.0%}, recall {recall:.0%}".format(**result["predictor"]))
     return " | ".join(parts)
+
+
+def require_finite(values, what, t, folder, saved):
+    """End with exit status 1, without another step or checkpoint, unless the values are finite."""
+    if not np.isfinite(values).all():
+        raise SystemExit(f"error: step {t}: the {what} is not finite, training ends here. {folder}/ckpt.pt "
+                         f"holds step {saved}. Try a lower --lr or a longer --warmup")
 
 
 @command
@@ -179,30 +172,30 @@ def main(argv=None):
             block.compile()                             # in place: the names of parameters stay
     context, batches = run.autocast(device, o.dtype), validation.fixed(o.eval_windows)
     per_token = bits_per_byte(batches, encoding)
-    run.start_metrics(folder, start)
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{'about ' if o.translate else ''}{training.step(o.seed, start).count:,} tokens a step, "
           f"{device.type}", flush=True)
     bar = tqdm(range(start, end + 1), initial=start, total=o.steps, unit="step",
                mininterval=0.2 if sys.stderr.isatty() else 15)      # seconds; a log file needs few bars
-    with run.interrupts() as stop:
+    saved = start
+    with run.locked(folder), run.interrupts() as stop:
+        run.start_metrics(folder, start)
         for t in bar:
             if t % o.eval_every == 0 or t == o.steps:
-                result = evaluate(model, batches, context, stop, o.route)
+                result = evaluate_loss(model, batches, context, stop, o.route)
                 if result:
+                    require_finite([*result["loss"].values()], "validation loss", t, folder, saved)
                     final = result["loss"].get("causal", result["loss"]["top_k"])[-1]
                     result["bits_per_byte"] = final * per_token
                     run.log_metrics(folder, "val", t, **result)
                     bar.write(f"step {t:5d} | {describe(result)}")
             if t % o.save_every == 0 or t == end or stop:
                 run.save(folder, t, model, optimizer)
+                saved = t
             if t == end or stop:
                 break
             metrics, speed = step_once(model, optimizer, training, o, t, context)
-            if not math.isfinite(metrics["norm"]):
-                saved = max(start, t - t % o.save_every)
-                raise UserError(f"step {t}: the gradient is not finite, so the step was not taken. "
-                                f"{folder}/ckpt.pt holds step {saved}. Try a lower --lr or a longer --warmup")
+            require_finite(metrics["norm"], "gradient", t, folder, saved)
             run.log_metrics(folder, "train", t + 1, **metrics)
             bar.set_postfix(loss=f"{metrics['loss'][-1]:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
     if stop or t < o.steps:

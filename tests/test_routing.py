@@ -145,9 +145,11 @@ def test_a_rule_of_the_users_own(options, monkeypatch):
     assert len(counts - {None}) > 1         # rows run different numbers of tokens
     batches = [Batch(ids[:2], targets[:2], pos[:2]), Batch(ids[2:, :9], targets[2:, :9], pos[2:, :9])]
     monkeypatch.setitem(decode.ROUTES, "above_mean", above_mean)
-    measured, cases = decode.evaluate_loss(model, batches, contextlib.nullcontext())["above_mean"]
-    close(measured, losses)
-    assert cases[0] + cases[2] == sum(int(r.runs.sum()) for _, r in layers if r.weight is not None)
+    measured = decode.evaluate_loss(model, batches, contextlib.nullcontext(), route="above_mean")
+    tokens = sum(batch.count for batch in batches)
+    close(np.array(measured["loss"]["above_mean"]), losses / tokens)
+    ran = [int(r.runs.sum()) for _, r in layers if r.weight is not None]
+    assert measured["predictor"]["base_rate"] == pytest.approx(1 - sum(ran) / tokens / len(ran))
     layers[-1][0].square().sum().backward()
     assert f"blocks.{max(model.config.routed_blocks())}.router.weight" in with_gradient(model)
 
