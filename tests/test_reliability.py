@@ -1,0 +1,139 @@
+"""A run that cannot be lost, a file that cannot lie: random configurations, damaged files, kills, locks."""
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+from test_scripts import no_figures, refused  # noqa: F401
+from test_train import equal, lines, weights
+
+import evaluate
+import plot
+import run
+import sample
+import train as script
+from options import Options, as_dict
+
+SPACE = {       # values to draw from, now and then a bad one
+    "n_layer": [1, 2, 4, 5], "n_head": [1, 2, 3], "n_embd": [12, 16, 24], "d_ff": [0, 8, 40],
+    "block_size": [2, 8, 32], "dropout": [0, 0.2], "exits": ["all", "last"], "classifier": ["tied", "separate"],
+    "exit_predictor": ["none", "sequence", "token", "geometric", "binary"],
+    "routed": ["none", "odd", "even", "all", "0", "1,3", "9"], "capacity": [0.01, 0.125, 0.5, 1.0],
+    "router": ["learned", "random"], "gate": ["raw", "sigmoid", "one"], "causal_logit": ["predictor", "router"],
+    "predictor_width": [0.5, 0.01], "experts": [0, 1, 3], "noops": [0, 2], "expert_capacity": [0.1, 1.25],
+    "enc_layer": [1, 2], "enc_head": [2], "enc_embd": [12, 16], "embeddings": ["tied", "separate"],
+    "batch_size": [1, 2, 4], "batch_tokens": [16, 64, 256], "grad_accum_steps": [1, 2, 3], "lr": [1e-3, 1e6],
+    "warmup": [0, 2], "lr_end": [0, 1], "weight_decay": [0, 0.1], "beta2": [0.5, 0.99], "grad_clip": [1, 1e-12],
+    "label_smoothing": [0, 0.1], "objective": ["aligned", "mixed"], "exit_weights": ["1", "n", "1/n"],
+    "gradient_scale": [0, 1.0], "paths": [1, 3], "oracle": ["correctness", "likelihood"],
+    "exit_cost": [0, 0.3], "sigma": [0, 2.0], "alpha": [0, 1.0], "predictor_loss": [0, 0.01],
+    "balance_loss": [0, 1], "route": ["top_k", "causal"], "seed": [0, 5], "dtype": ["float32", "bfloat16"],
+    "rule": ["auto", "full", "random", "fixed:2", "confidence:0.1", "learned"], "eval_every": [1, 2],
+    "eval_windows": [1, 3], "save_every": [1, 2]}
+ELSEWHERE = {"data", "translate", "out", "init_from", "resume", "steps", "stop_at", "device", "compile"}
+
+
+def outcome(main, *words):
+    """Run a script in this process -> its exit status and what it said on stderr. A traceback fails."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            main([str(word) for word in words])
+        except SystemExit as end:
+            return (end.code, said.getvalue()) if isinstance(end.code, int) else (1, end.code)
+    return 0, said.getvalue()
+
+
+def content(*folders):
+    """{path: bytes} of all files below some folders."""
+    return {p: p.read_bytes() for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("seed", [*range(30), *(pytest.param(n, marks=pytest.mark.slow) for n in range(30, 300))])
+def test_a_random_configuration_works_or_is_refused(dataset, pairs, tmp_path, seed):
+    """A traceback, a run that resumes as another or cannot be sampled or measured; a refusal that has
+    written something. Exit status 1 is a loss or a gradient that is not finite, and says so."""
+    assert SPACE.keys() | ELSEWHERE == as_dict(Options()).keys()
+    draw, out, again = random.Random(seed), tmp_path / "whole", tmp_path / "part"
+    given = {"n_layer": 4, "n_head": 2, "n_embd": 16, "block_size": 32, "data": dataset, "warmup": 1}
+    if draw.random() < 0.4:
+        given |= {"data": pairs, "translate": "aa-bb", "enc_head": 2, "enc_embd": 16}
+    given |= {name: draw.choice(SPACE[name]) for name in draw.sample(sorted(SPACE), draw.randint(1, 4))}
+    words = [*(f"--{name}={value}" for name, value in given.items()), "--steps=5", "--device=cpu", "--out"]
+    code, said = outcome(script.main, *words, out)
+    if code == 2:
+        assert not out.exists() and re.search(r"^error: .*\n$|(-|─){9}", said), said
+        return
+    assert code == 0 or code == 1 and "is not finite" in said
+    first, _ = outcome(script.main, *words, again, "--stop_at=3")
+    folder, other = again / "001", out / "001"
+    if code == first == 0:
+        assert outcome(script.main, "--resume", folder)[0] == 0
+        assert equal(weights(folder), weights(other)) and weights(folder)["step"] == 5
+        for kind in "train", "val":
+            assert [m["loss"] for m in lines(folder, kind)] == [m["loss"] for m in lines(other, kind)]
+    for main, more in (sample.main, []), (evaluate.main, ["--rules", "full"]), (plot.main, []):
+        if seed % 5 == 0 or main is not plot.main:
+            code, said = outcome(main, "--run", folder, *more)
+            assert code == 0 or "leaves no room" in said or "no run" in said or "ckpt.pt" in said, said
+
+
+# ----------------------------------------------------------------------------- damaged files
+DAMAGES = {
+    "missing": None, "empty": lambda old: b"", "half": lambda old: old[:len(old) // 2],
+    "one byte": lambda old: old[:len(old) // 2] + bytes([old[len(old) // 2] ^ 255]) + old[len(old) // 2 + 1:],
+    "not UTF-8": lambda old: b"\xff\xfe" + old, "a list": lambda old: b"[3]\n", "null": lambda old: b"null\n",
+    "a number": lambda old: b"7\n", "no keys": lambda old: b"{}\n", "a zero": lambda old: old + b"\0"}
+READ_BY = {     # a file of a run or, with "data/", of a data set -> what reads it
+    "options.json": "resume init sample evaluate", "meta.json": "resume init sample evaluate",
+    "tokenizer.json": "resume init sample evaluate plot", "ckpt.pt": "resume init sample evaluate",
+    "metrics.jsonl": "resume plot", "depth.npz": "plot", "sample.json": "plot",
+    "evaluation.json": "plot evaluate", "data/meta.json": "train resume init evaluate",
+    "data/tokenizer.json": "train resume init evaluate", "data/train.bin": "train resume init evaluate",
+    "data/val.bin": "train resume init evaluate"}
+FIGURES = {"metrics.jsonl", "depth.npz", "sample.json", "evaluation.json"}         # what plot.py draws, if there
+FINE = {("metrics.jsonl", "plot", "half"), ("evaluation.json", "evaluate", "missing"),      # as after a crash
+        *((file, "plot", "missing") for file in FIGURES),
+        *((file, reader, "a zero") for file in ("metrics.jsonl", "ckpt.pt", "depth.npz")
+          for reader in READ_BY[file].split())}         # half a line; a zip file may have more after its end
+
+
+@pytest.mark.parametrize("file, reader", [(f, r) for f, readers in READ_BY.items() for r in readers.split()])
+def test_a_damaged_file_is_refused_by_name(folder, dataset, tmp_path, file, reader):
+    """A traceback, an answer from half a file, another file's name, something overwritten."""
+    data = shutil.copytree(dataset, tmp_path / "data")
+    use_data = ["--data", data] if file.startswith("data/") else []
+    main, *words = {
+        "train": (script.main, "--out", tmp_path / "new", *TINY), "resume": (script.main, "--resume", folder),
+        "init": (script.main, "--init_from", folder, "--out", tmp_path / "new", *TINY[8:]),
+        "sample": (sample.main, "--run", folder), "evaluate": (evaluate.main, "--run", folder),
+        "plot": (plot.main, "--run", folder)}[reader]
+    path = tmp_path / file if use_data else folder / file
+    if reader == "plot":        # the files drawn before it
+        for other in FIGURES - {file}:
+            if file != "tokenizer.json" or other != "depth.npz":
+                (folder / other).unlink()
+    whole = path.read_bytes()
+    for damage, change in DAMAGES.items():
+        if change is None:
+            path.unlink()
+        else:
+            path.write_bytes(change(whole))
+        before = content(tmp_path)
+        code, said = outcome(main, *words, *use_data)
+        if (file, reader, damage) in FINE:
+            assert code == 0, said
+        else:
+            assert code == 2 and path.name in said and content(tmp_path) == before, (damage, code, said)
+        path.write_bytes(whole)
