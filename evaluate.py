@@ -27,7 +27,7 @@ from data.batches import batches_of, bits_per_byte, open_data
 from data.common import UserError, command, reading, write_file
 from data.parallel import direction, sentence, source_ids
 from decode import COUNTED, Cache, evaluate_loss, step, translate
-from options import RunOptions, parse, refuse, rule_name
+from options import RunOptions, parse, refuse, rule_name, within
 from routing import causal
 
 
@@ -46,9 +46,7 @@ class Options(RunOptions):
 
 def check(o, folder, source, data, trained, model):
     """UserError for what cannot be measured, before anything is."""
-    if o.beam < 1 or o.batch_size < 1 or o.search < 0 or not abs(o.length_penalty) < 100:
-        raise UserError("--beam and --batch_size must be at least 1, --search at least 0 draws, "
-                        "--length_penalty a small number")
+    within(vars(o), {(1, 4096): "beam batch_size", (0, 10**6): "search", (-100, 100): "length_penalty"})
     run.same_data(folder, source, ("tokenizer.json",))
     if not o.bleu:
         refuse(o, ("beam", "length_penalty", "batch_size"), "nothing is translated (--bleu)")

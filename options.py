@@ -71,7 +71,7 @@ class RunOptions:
 
 MAY_CHANGE = {"data", "device", "compile", "stop_at", "out", "resume"}  # with --resume; data: where it is now
 
-RANGES = {  # smallest and largest value -> options; nan is in no range
+RANGES = {  # smallest and largest value -> options
     (1, 2**31): "steps batch_size batch_tokens grad_accum_steps eval_every eval_windows save_every",
     (1, 2**16): "n_layer n_head n_embd enc_layer enc_head enc_embd",
     (0, 1e6): "weight_decay predictor_loss balance_loss alpha exit_cost sigma gradient_scale",
@@ -125,13 +125,18 @@ def exclusions(o):
         (m.enc_embd % (2 * m.enc_head), f"--enc_embd {m.enc_embd} is not an even multiple of --enc_head", ""))
 
 
+def within(value, ranges):
+    """UserError if an option {name: value} is not in its range {(smallest, largest): names}."""
+    for (low, high), names in ranges.items():
+        for name in names.split():
+            if not low <= value[name] <= high:      # nan is in none
+                raise UserError(f"--{name} {value[name]} must be from {low:g} to {high:g}")
+
+
 def check(o):
     """UserError for values that cannot be and for options that would do nothing."""
     value, default = as_dict(o), as_dict(Options())
-    for (low, high), names in RANGES.items():
-        for name in names.split():
-            if not low <= value[name] <= high:
-                raise UserError(f"--{name} {value[name]} must be from {low:g} to {high:g}")
+    within(value, RANGES)
     for applies, why, names in exclusions(o):
         if applies and not names:
             raise UserError(why)

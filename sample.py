@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 import run
-from data.common import EOT, UserError, command, load_tokenizer, write_file
+from data.common import EOT, command, load_tokenizer, reading, write_file
 from data.parallel import source_ids
 from decode import generate, translate
 from exits import parse_rule
-from options import RunOptions, parse, refuse, rule_name
+from options import RunOptions, parse, refuse, rule_name, within
 
 END = " </s>"
 SHADES = (153, 159, 158, 157, 193, 229, 223, 217, 210, 203)     # of the 256 terminal colours: shallow to deep
@@ -41,11 +41,8 @@ class Options(RunOptions):
 
 def check(o, trained):
     """UserError for values that cannot be and for options that would do nothing in this run."""
-    if min(o.max_new_tokens, o.samples, o.beam) < 1 or o.samples > 4096:
-        raise UserError("--max_new_tokens, --samples (at most 4096) and --beam must be at least 1")
-    if not 0 <= o.temperature < float("inf") or min(o.top_k, o.seed) < 0 or not abs(o.length_penalty) < 100:
-        raise UserError("--temperature, --top_k and --seed must be at least 0, "
-                        "--length_penalty a small number")
+    within(vars(o), {(1, 2**31): "max_new_tokens", (1, 4096): "samples beam", (0, 2**31): "top_k seed",
+                     (0, 1e6): "temperature", (-100, 100): "length_penalty"})
     if trained.translate:
         refuse(o, ("max_new_tokens", "samples", "temperature", "top_k"),
                f"this run is a translator ({trained.translate})")
@@ -96,8 +93,9 @@ def main(argv=None):
     if text is None:
         text = run.read_json(folder / "meta.json", "prompt")
         text = text[trained.translate.split("-")[0]] if trained.translate else text
-    elif text == "-":
-        text = sys.stdin.read()
+    with reading("the prompt"):
+        text = sys.stdin.read() if text == "-" else text
+        text.encode("utf-8")        # a wrong byte would only be seen in decoding
     if trained.translate:
         lines = [line.strip() for line in text.strip().split("\n")]
         sources = source_ids(encoding, lines, model.config.block_size, "the prompt")

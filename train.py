@@ -3,6 +3,7 @@
 The batch and all draws of step t are functions of (seed, t): --resume continues exactly."""
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -161,6 +162,8 @@ def require_finite(values, what, t, folder, saved):
 
 @command
 def main(argv=None):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a run is trained by one process; docs/reliability.md has the change for torchrun")
     o = read_options(argv, run.stored_options)
     folder, encoding, (training, validation), model, optimizer, start = begin(o)
     device, end = model.wte.weight.device, min(o.steps, o.stop_at or o.steps)

@@ -68,8 +68,7 @@ def command(main):
         except (MemoryError, RuntimeError) as error:    # of a CPU torch says it in words only
             if isinstance(error, RuntimeError) and not re.search("(of|ate|enough) memory", str(error)):
                 raise
-            print(f"error: out of memory, {SAVE_MEMORY} ({str(error):.200})", file=sys.stderr)
-            raise SystemExit(2) from None
+            raise SystemExit(f"error: out of memory, {SAVE_MEMORY} ({str(error):.200})") from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 
@@ -85,7 +84,15 @@ def script(**explained):
     def decorate(prepare):
         lines = "".join(f"\n    {name}: {text}" for name, text in explained.items())
         prepare.__doc__ = f"{sys.modules[prepare.__module__].__doc__}\nArgs:{lines}"
-        main = command(functools.wraps(prepare)(lambda argv=None: tyro.cli(prepare, args=argv)))
+
+        @command
+        @functools.wraps(prepare)
+        def main(argv=None):
+            argv = sys.argv[1:] if argv is None else argv
+            if "" in argv:      # which is the current folder to Path
+                raise UserError("an option has an empty value; is a variable of the shell not set?")
+            return tyro.cli(prepare, args=argv)
+
         source = inspect.signature(prepare).parameters["source"]
         main.automatic = source.default is not source.empty     # runs without options
         if prepare.__module__ == "__main__":
@@ -249,7 +256,7 @@ def read_texts(sources, suffixes=(), skip=()):
     if left_out:
         print("files left out: " + ", ".join(f"{n} {reason}" for reason, n in left_out.items()))
     if not names:
-        raise UserError(f"no UTF-8 text files {' '.join(suffixes)} in {', '.join(map(str, sources))}")
+        raise UserError(f"no UTF-8 text files {' '.join((*suffixes, 'in'))} {', '.join(map(str, sources))}")
     return sorted((name, text) for text, name in names.items())
 
 

@@ -109,12 +109,12 @@ def test_what_cannot_be_is_refused_before_writing(copy, finished, pairs, dataset
     new = f"{pairs} --translate aa-bb"
     cases = {
         (sample, f"--run {copy}"): {
-            "--temperature 0.5": "is a translator", "--beam 0": "at least 1",
+            "--temperature 0.5": "is a translator", "--beam 0": "from 1",
             "--length_penalty nan": "_penalty",
             "--prompt |otter\n\nheron": "prompt: line 2 is empty"},
         (evaluate, f"--run {copy}"): {
             "--bleu test_2016": "there are val, test",
-            "--batch_size 0": "at least 1", "--search -1": "draws", "--rules oracle:1.2.3": "at least 0",
+            "--batch_size 0": "from 1", "--search -1": "from 0", "--rules oracle:1.2.3": "at least 0",
             "--beam 3": "nothing is translated", "--bleu test --length_penalty inf": "--length_penalty",
             "--rules full fixed:9": "from 1 to 4", "--rules full oracle:nan": "at least 0",
             f"--data {other}": "tokenizer.json differs"},

@@ -23,9 +23,3 @@ def main(source: Path, val: Path | None = None, suffix: tuple[str, ...] = (), vo
         splits = split_by_document(texts["train"])
     prompt = " ".join(splits["val"][0].split()[:3])[:40]    # how the held-out text begins
     write_set(out, splits, vocab_size, name=out.resolve().name, source=source.resolve().name, prompt=prompt)
-
-# Expected output of the second command, on 97 novels of 1839-1929 (2 CPU cores):
-# novels: novels.tar.xz, vocabulary 4096
-#  train: 92 documents, 71,842,790 bytes, 20,929,084 tokens, 3.43 bytes per token
-#    val: 5 documents, 2,880,631 bytes, 844,520 tokens, 3.41 bytes per token
-# wrote data/novels in 6.0 s
