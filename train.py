@@ -123,10 +123,10 @@ def step_once(model, optimizer, training, o, t, context):
     if o.objective == "exit_predictor":     # it alone learns, from states without dropout [DAT 3]
         model.eval().requires_grad_(False).exit_predictor.requires_grad_(True)
     began, batch, rate = time.perf_counter(), training.step(o.seed, t), learning_rate(t, o)
-    torch.manual_seed(int(np.random.SeedSequence([o.seed, t]).generate_state(1)[0]))
     objective, device = OBJECTIVES[o.objective], model.wte.weight.device
     sums = 0.0
-    for piece in batch.cut(o.grad_accum_steps):
+    for n, piece in enumerate(batch.cut(o.grad_accum_steps)):
+        torch.manual_seed(int(np.random.SeedSequence([o.seed, t, n]).generate_state(1)[0]))
         with context:
             total, losses = objective(model, piece.to(device), 1 / batch.count, o)
         total.backward()
