@@ -192,7 +192,7 @@ def pad(rows, device):
 def next_token_probs(logits, temperature, top_k=None):
     """logits (B,V) -> probabilities (B,V) in float64 on the CPU. temperature 0: 1 for the most likely token;
     top_k (not the routing rule): without tokens less likely than the k-th (None: all)."""
-    logits = logits.double().cpu()
+    logits = logits.cpu().double()      # in this order: MPS has no float64
     if not (logits.amax(-1) < torch.inf).all():         # nan compares as False
         raise UserError("the logits are not finite: this model has diverged in training")
     if temperature < 1e-30:     # or logits / temperature overflow

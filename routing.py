@@ -85,8 +85,8 @@ class Routed(nn.Module):
         """x (B,T,C) -> router weight, causal logit, both (B,T). All that a skipped token costs."""
         if self.random:
             weight = torch.randn(x.shape[:2], device=x.device)
-            least = torch.special.ndtri(torch.tensor(1 - self.capacity, device=x.device))   # normal quantile
-            return weight, weight - least
+            quantile = torch.special.ndtri(torch.tensor(1 - self.capacity)).item()      # MPS has none
+            return weight, weight - quantile
         weight = in_full_precision(self.router, x).squeeze(-1)
         if self.predictor is None:
             return weight, weight
