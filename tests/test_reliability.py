@@ -143,6 +143,16 @@ def test_a_damaged_file_is_refused_by_name(folder, dataset, tmp_path, file, read
         path.write_bytes(whole)
 
 
+@pytest.mark.parametrize("old, new", [('layer": 4', 'layer": 0'), ('head": 2', 'head": 0'), ("16", "9" * 8),
+                                      ('"lr": 0.01', '"lr": 0.02'), ('"seed": 0', '"seed": null')])
+def test_edited_options_are_refused_by_name(folder, capsys, old, new):
+    """A run that goes on with another rate than it began; a division by zero, a network of any size."""
+    path = folder / "options.json"
+    path.write_text(path.read_text("utf-8").replace(old, new, 1), "utf-8")
+    for main, word in (script.main, "--resume"), (sample.main, "--run"):
+        assert "options.json" in refused(capsys, main, word, folder)
+
+
 def other(part, change):
     """A checkpoint of which a part is another -> function of its state."""
     return lambda state: state | {part: change(state[part])}
@@ -249,3 +259,29 @@ def test_too_little_memory_is_one_line(train, monkeypatch, full):
     monkeypatch.setitem(script.OBJECTIVES, "aligned", lambda *a: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):     # any other is a bug
         train()
+
+
+def test_the_change_for_several_processes(train, dataset, tmp_path, monkeypatch, capsys):
+    """Gradients, losses or draws other than those of one process; a second writer, a resume of something
+    else; processes that train without the change, each for itself."""
+    code = shutil.copytree(ROOT, tmp_path / "code", ignore=shutil.ignore_patterns(".*", "tests", "results"))
+    words = ["--grad_accum_steps", 2, "--dropout", 0.1]
+    alone, folder = train(*words, "--stop_at", 5), tmp_path / "together" / "001"
+
+    def torchrun(*more):
+        command = [sys.executable, *"-m torch.distributed.run --nproc_per_node 2 train.py".split()]
+        subprocess.run([*command, *map(str, more)], cwd=code, capture_output=True, check=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+    new = ["--data", dataset, "--out", folder.parent, *TINY, *words, "--stop_at", 3]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "trained by one process" in refused(capsys, script.main, *new) and not folder.parent.exists()
+    page = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    [diff] = re.findall(r"^```diff\n(.*?)^```", page, re.M | re.S)
+    subprocess.run(["git", "apply", "-"], cwd=code, input=diff.encode("utf-8"), check=True)
+    for more in new, ["--resume", folder, "--stop_at", 5]:
+        torchrun(*more)
+    torch.testing.assert_close(weights(folder)["model"], weights(alone)["model"], rtol=0, atol=1e-6)
+    for kind in "train", "val":
+        ours, theirs = ([(m["step"], m["loss"]) for m in lines(f, kind)] for f in (folder, alone))
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert [p.name for p in folder.parent.iterdir()] == ["001"]
