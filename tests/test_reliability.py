@@ -21,7 +21,6 @@ import plot
 import run
 import sample
 import train as script
-from data.common import UserError
 from options import Options, as_dict
 
 SLOW = pytest.mark.slow
@@ -158,8 +157,14 @@ def other(part, change):
     return lambda state: state | {part: change(state[part])}
 
 
+class Code:
+    """A pickle that runs code when it is read."""
+    def __reduce__(self):
+        return exec, ("raise KeyboardInterrupt",)
+
+
 CHECKPOINTS = {
-    "a list": lambda state: [1, 2], "an object": lambda state: UserError("x"),
+    "a list": lambda state: [1, 2], "code": lambda state: Code(),
     "a part alone": lambda state: {"step": 1}, "a step in words": other("step", str),
     "a step below 0": other("step", lambda step: -1), "no weights": other("model", lambda model: None),
     "weights in words": other("model", lambda model: {"wte.weight": "x"}),
