@@ -13,7 +13,7 @@ import run  # noqa: E402
 import train  # noqa: E402
 from data.batches import batches_of, open_data  # noqa: E402
 
-SMALL = "--n_layer 6 --n_embd 64 --n_head 4 --block_size 128 --batch_size 8 --lr 3e-3 --warmup 20 --eval_every 100"
+SMALL = "--n_layer 6 --n_embd 64 --n_head 4 --block_size 128 --batch_size 8 --lr 3e-3 --warmup 20"
 FIGURES = Path("lessons/figures")       # below the current folder
 
 

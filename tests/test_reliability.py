@@ -213,8 +213,10 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(dataset, tmp_path, 
             while not (folder / "ckpt.pt").exists():
                 time.sleep(0.01)
             if kills < 9:
-                with start("--resume", folder) as second:
-                    assert f"by process {process.pid} " in second.stderr.read() and second.wait() == 2
+                second = start("--resume", folder)
+                with contextlib.closing(SimpleNamespace(close=second.kill)):
+                    assert f"by process {process.pid} " in second.communicate(timeout=60)[1]
+                    assert second.returncode == 2
             time.sleep(draw.random() / 2)
             process.kill()
         step, words_now = run.load(folder, "cpu")["step"], ["--resume", folder]
