@@ -12,7 +12,6 @@ Results: evaluation.json (rows of other rules and splits are kept), depth.npz, o
 import json
 import re
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,13 +76,15 @@ def kinds_of(encoding):
 
 
 def exit_scores(model, batch):
-    """Full depth -> token losses, right, max. probability of every exit, each (B,T,N)."""
-    scores = []
-    for n, (h, _) in enumerate(model.run_batch(batch, causal), 1):
-        logits = model.classifiers(n, h)
-        scores.append((exits.token_losses(logits, batch.targets), logits.argmax(-1) == batch.targets,
-                       exits.to_float32(logits).softmax(-1).amax(-1)))
-    return [torch.stack(parts, -1) for parts in zip(*scores, strict=True)]
+    """Full depth -> token losses (B,T,N), most likely tokens, their probabilities; blocks run (B,T,L)."""
+    scores, runs = [], []
+    for n, (h, routing) in enumerate(model.run_batch(batch, causal), 1):
+        runs.append(routing.runs)
+        if n in model.classifiers.blocks:
+            logits = model.classifiers(n, h)
+            p, said = exits.to_float32(logits).softmax(-1).max(-1)
+            scores.append((exits.token_losses(logits, batch.targets), said, p))
+    return *(torch.stack(parts, -1) for parts in zip(*scores, strict=True)), torch.stack(runs, -1)
 
 
 def oracle_of(name, trained):
@@ -100,15 +101,25 @@ def oracle_of(name, trained):
 def oracle_rule(name, trained, model, batch):
     """The exits that an oracle picks for this very batch."""
     kind, exit_cost, sigma = oracle_of(name, trained)
-    losses, right, _ = exit_scores(model, batch)
-    score = -losses if kind == "likelihood" else right.to(losses.dtype)
+    losses, said, *_ = exit_scores(model, batch)
+    score = -losses if kind == "likelihood" else (said == batch.targets.unsqueeze(-1)).to(losses.dtype)
     whole = trained.model.exit_predictor == "sequence"
     return exits.forced_exits(exits.oracle(score, batch.mask, exit_cost, sigma, whole))
 
 
+def joined(parts):
+    """[{name: (B,T,...)}] of batches -> {name: array (W, longest T, ...)}, where padding is -1 or 0."""
+    T = max(part["targets"].size(1) for part in parts)
+
+    def padded(name, x):
+        shorter = [(0, 0), (0, T - x.size(1)), (0, 0)][:x.dim()]
+        return np.pad(x.cpu().numpy(), shorter, constant_values=-1 if name == "targets" else 0)
+    return {name: np.concatenate([padded(name, part[name]) for part in parts]) for name in parts[0]}
+
+
 def under_rule(model, batches, name, trained, context, exited_kv):
     """The batches under a halting rule and causal routing -> arrays (W,T,...); targets -1 at padding."""
-    parts, T = defaultdict(list), max(b.ids.size(1) for b in batches)
+    parts = []
     for i, batch in enumerate(batches):
         torch.manual_seed(i)                # random exits and the random control
         batch = batch.to(model.wte.weight.device)
@@ -118,16 +129,35 @@ def under_rule(model, batches, name, trained, context, exited_kv):
             cache = Cache(model, *batch.pos.shape, model.memory_of(batch))
             output = step(model, batch.ids, batch.pos, cache, rule, causal, exited_kv)
         log_probs = exits.to_float32(output.logits).log_softmax(-1)
-        arrays = {"ids": batch.ids.int(), "targets": batch.targets.int(),
-                  "loss": exits.token_losses(output.logits, batch.targets),
-                  "entropy": -(log_probs.exp() * log_probs).sum(-1),
-                  "right": output.logits.argmax(-1) == batch.targets, **output._asdict()}
-        del arrays["logits"]
-        for key, tensor in arrays.items():
-            shorter = [(0, 0), (0, T - batch.ids.size(1)), (0, 0)][:tensor.dim()]
-            parts[key].append(np.pad(tensor.cpu().numpy(), shorter,
-                                     constant_values=-1 if key == "targets" else 0))
-    return {key: np.concatenate(arrays) for key, arrays in parts.items()}
+        parts.append({"ids": batch.ids.int(), "targets": batch.targets.int(),
+                      "loss": exits.token_losses(output.logits, batch.targets),
+                      "entropy": -(log_probs.exp() * log_probs).sum(-1),
+                      "right": output.logits.argmax(-1) == batch.targets, **output._asdict()})
+        del parts[-1]["logits"]
+    return joined(parts)
+
+
+def lens(model, batches, context, depth):
+    """What each exit would say of the next token at full depth, how sure it is, and the blocks that a token
+    runs there -> arrays (W,T,...); "flops" (W, 2 + N) a token: as in `depth`, full depth, all at one exit."""
+    parts, flops, L = [], [], model.config.n_layer
+    at = [(L, 1), *((e, n) for n, e in enumerate(model.classifiers.blocks, 1))]     # exit, classifiers
+    for i, batch in enumerate(batches):
+        torch.manual_seed(i)
+        batch = batch.to(model.wte.weight.device)
+        with context, torch.no_grad():
+            _, said, p, runs = exit_scores(model, batch)
+        parts.append({"targets": batch.targets, "said": said.int(), "confidence": p, "runs": runs})
+        for row, mask, S in zip(runs.cpu().numpy(), batch.mask.cpu().numpy(), batch.sources(), strict=True):
+            T = mask.sum()
+            texts = [{name: depth[name][len(flops), :T] for name in COUNTED}]
+            for e, n in at:
+                visited = row[:T] & (np.arange(L) < e)
+                texts.append({"visited": visited, "exit_at": np.full(T, e), "classified": n * T})
+            flops.append([cost.decoding(model.config, model.vocab_size, **text, S=S)["flops"] / T
+                          for text in texts])
+    arrays = joined(parts)
+    return {name: arrays[name] for name in ("said", "confidence", "runs")} | {"flops": np.array(flops)}
 
 
 def depth_and_cost(model, texts, exited_kv):
@@ -180,9 +210,9 @@ def search_thresholds(model, batches, draws, context):
     for batch in batches:
         batch = batch.to(model.wte.weight.device)
         with context, torch.no_grad():
-            _, hits, confidence = exit_scores(model, batch)
+            _, said, confidence, _ = exit_scores(model, batch)
         confidences.append(confidence[batch.mask].cpu().numpy())
-        right.append(hits[batch.mask].cpu().numpy())
+        right.append((said == batch.targets.unsqueeze(-1))[batch.mask].cpu().numpy())
     confidences, right = np.concatenate(confidences), np.concatenate(right)             # (tokens,N)
     (tokens, N), best = confidences.shape, {}
     for tau in np.random.default_rng(0).random((draws, N - 1)):
@@ -262,6 +292,7 @@ def main(argv=None):
         result["val"][route] = {"loss": loss, "bits_per_byte": bits}
         print(f"val, {route}: loss by exit", *(f"{v:.3f}" for v in loss), f"| {bits[-1]:.3f} bits/byte")
     depth = under_rule(model, batches, named, trained, context, o.exited_kv)
+    depth |= lens(model, batches, context, depth)
     depth["kind"] = kinds_of(data.encoding)[depth["ids"]]
     depth["routed"] = np.array([n in trained.model.routed_blocks() for n in range(L)])
     depth["rule"] = np.array(named.replace(":", " ") + ", causal routing" * bool(depth["routed"].any()))

@@ -165,7 +165,8 @@ def as_arguments(table):
 
 def parse(argv, kind=Options):
     """Command line -> an instance of `kind`. The one checker of names, types and choices; exits with 2."""
-    return tyro.cli(kind, args=argv, config=(tyro.conf.FlagConversionOff,))
+    flags = tyro.conf.FlagConversionOff if kind is Options else tyro.conf.FlagCreatePairsOff
+    return tyro.cli(kind, args=argv, config=(flags,))
 
 
 def from_file(path, table, more=(), whole=True):

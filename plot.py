@@ -1,6 +1,7 @@
 """Draw a run from its files alone: python plot.py --run 3
 
 Each function draw_X makes figures/X.png in the run's folder; main removes it if the files do not suffice."""
+import json
 from dataclasses import dataclass
 
 import matplotlib
@@ -8,10 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_hex
 
 import run
-from data.common import EOT, UserError, command, load_tokenizer, reading
+from data.common import EOT, UserError, command, load_tokenizer, reading, write_file
 from options import kind_of, parse
 
 # Colours by Okabe and Ito, which colour-blind readers can tell apart; depth is a scale (viridis).
@@ -35,6 +36,7 @@ class Options:
     window: int | None = None   # which validation window the map shows; left out: where depth changes most
     first: int = 0          # first token of the map
     tokens: int = 44        # tokens in the map
+    html: bool = False      # also write page.html, which shows a text token by token
 
 
 def depth_colors(L):
@@ -75,16 +77,25 @@ def draw_loss(path):
     return fig
 
 
-def draw_map(path, options):
-    """What each block did with each token of a text, and a line where the token exited."""
-    depth, decode = read_depth(path)[0], load_tokenizer(path.parent / "tokenizer.json").decode
-    (W, _, L), part = depth["cells"].shape, slice(options.first, options.first + options.tokens)
+def piece_of(depth, options, tokens):
+    """The rows of all arrays for `tokens` tokens of one text: --window, or where depth changes most."""
+    part = slice(options.first, options.first + tokens)
     changes = np.diff(depth["blocks"][:, part]).astype(bool).sum(1)
     window = changes.argmax() if options.window is None else options.window
     present = depth["targets"][window:window + 1, part].ravel() >= 0
-    if min(window, options.first, options.tokens - 1) < 0 or not present.any():
-        raise UserError(f"--window must be from 0 to {W - 1}, --first in its text and --tokens above 0")
-    ids, exit_at, cells = (depth[name][window, part][present] for name in ("ids", "exit_at", "cells"))
+    if min(window, options.first, tokens - 1) < 0 or not present.any():
+        last = len(changes) - 1
+        raise UserError(f"--window must be from 0 to {last}, --first in its text and --tokens above 0")
+    piece = {name: a[window, part][present] for name, a in depth.items()
+             if np.shape(a)[:2] == depth["targets"].shape}
+    return piece | {"flops": depth["flops"][window]}
+
+
+def draw_map(path, options):
+    """What each block did with each token of a text, and a line where the token exited."""
+    depth, decode = read_depth(path)[0], load_tokenizer(path.parent / "tokenizer.json").decode
+    piece, L = piece_of(depth, options, options.tokens), len(depth["routed"])
+    ids, exit_at, cells = (piece[name] for name in ("ids", "exit_at", "cells"))
     words = [decode([i]).replace(EOT, "</s>").replace("    ", "⇥").translate(MARKS)[:10] for i in ids]
     fig, ax = plt.subplots(figsize=(11, 2.1 + 0.3 * L))
     for code in np.unique(cells):
@@ -209,6 +220,23 @@ def draw_text(path, columns=96):
     return fig
 
 
+def page_of(path, options):
+    """depth.npz -> page.html with up to 300 tokens of a text in it, for a browser."""
+    depth, decode = read_depth(path)[0], load_tokenizer(path.parent / "tokenizer.json").decode
+    piece, (L, N) = piece_of(depth, options, 300), (len(depth["routed"]), depth["said"].shape[-1])
+    names = {"ids": "text", "targets": "next", "exit_at": "exit", "cells": "did", "runs": "runs",
+             "weight": "weight", "said": "said", "confidence": "confidence"}
+    columns = [np.nan_to_num(piece[name].astype(float), nan=-1e9).round(3).tolist() for name in names]
+    tokens = [dict(zip(names.values(), token, strict=True)) for token in zip(*columns, strict=True)]
+    ids = np.concatenate([piece[name].ravel() for name in ("ids", "targets", "said")])
+    as_run, full, *flops = piece["flops"].tolist()
+    data = {"about": depth["title"], "colors": [to_hex(color) for color in depth_colors(L)], "words": CELLS,
+            "exits": [*range(L - N + 1, L + 1)], "as_run": as_run, "full": full, "flops": flops,
+            "vocabulary": {i: decode([i]) for i in np.unique(ids).tolist()}, "tokens": tokens}
+    text = json.dumps(data).replace("<", "\\u003c")         # no token ends the script element
+    return (run.HERE / "page.html").read_text("utf-8").replace(">DATA<", f">{text}<")
+
+
 @command
 def main(argv=None):
     options = parse(argv, Options)
@@ -220,6 +248,12 @@ def main(argv=None):
         path, more = folder / file, [options] if draw is draw_map else []
         with reading(path):
             figures.append((draw(path, *more) if path.exists() else None, file, draw.__name__[5:]))
+    if options.html:
+        path = folder / "depth.npz"
+        with reading(path):
+            page = page_of(path, options)
+        write_file(folder / "page.html", page)
+        print(f"wrote {folder}/page.html: open it in a browser")
     (folder / "figures").mkdir(exist_ok=True)
     for fig, file, name in figures:
         picture = folder / "figures" / f"{name}.png"

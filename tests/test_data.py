@@ -177,7 +177,6 @@ def test_a_set_prepares_itself_or_is_asked_for(tmp_path, monkeypatch):
     for name, translate, arguments in (
             ("text", "", "text/prepare.py --source FILE_OR_FOLDER"),
             ("nowhere", "", "text/prepare.py --source FILE_OR_FOLDER --out "),
-            ("iwslt14", "de-en", "iwslt14/prepare.py --source DIR"),
             ("nowhere", "de-en", "pairs/prepare.py --source FILE.de FILE.en --languages de en --out ")):
         with pytest.raises(UserError, match=f"is not prepared .*: run python data/{arguments}"):
             open_data(name, translate)

@@ -9,7 +9,6 @@ from test_scripts import refused
 
 from data import parallel
 from data.batches import NO_POSITION, Buckets
-from data.iwslt14 import prepare as iwslt14
 from data.multi30k import prepare as multi30k
 from data.pairs import prepare
 
@@ -47,19 +46,18 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, capsys, monkeyp
     assert all(part in error for part in said.split("|")) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script, dev", [(multi30k, "val"), (iwslt14, "valid")])
-def test_the_official_layouts_from_a_folder(tmp_path, capsys, script, dev):
+def test_the_official_layout_from_a_folder(tmp_path, capsys):
     """--source DIR of files that the user has, plain or .gz; a missing one is named."""
-    tests = ["test_2016_flickr", "test_2017_flickr"] if script is multi30k else ["test"]
-    files = {f"{name}.{language}": VAL[language] for name in (dev, *tests) for language in VAL}
+    tests = ["test_2016_flickr", "test_2017_flickr"]
+    files = {f"{name}.{language}": VAL[language] for name in ("val", *tests) for language in VAL}
     write_files(tmp_path, files | {"train.en": EN, "train.de.gz": gzip.compress(DE.encode())})
-    script.main(["--source", str(tmp_path), "--vocab-size", "265", "--out", str(tmp_path / "out")])
+    multi30k.main(["--source", str(tmp_path), "--vocab-size", "265", "--out", str(tmp_path / "out")])
     data = parallel.load_pairs(tmp_path / "out")
     assert list(data.splits) == ["train", "val", *tests] and len(data.splits["train"]["en"]) == 12
     assert data.originals(tests[0], "en") == data.originals("val", "en") == ["and a dog", "a child"]
-    assert data.meta["tokenize"] == ("13a" if script is multi30k else "none")
-    (tmp_path / f"{dev}.en").unlink()
-    assert f"{dev}.en" in refused(capsys, script.main, "--source", tmp_path, "--out", tmp_path / "o2")
+    assert data.meta["tokenize"] == "13a"
+    (tmp_path / "val.en").unlink()
+    assert "val.en" in refused(capsys, multi30k.main, "--source", tmp_path, "--out", tmp_path / "o2")
 
 
 def test_pairs_with_an_empty_side_or_in_another_split_are_left_out(tmp_path, capsys, monkeypatch):

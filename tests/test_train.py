@@ -143,6 +143,15 @@ def test_a_second_interrupt_ends_at_once():
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_a_validation_loss_that_is_not_finite_ends_the_run(train, tmp_path, monkeypatch):
+    """A last checkpoint of a model that has diverged, exit status 0, figures that cannot be drawn."""
+    losses = iter([1.0, float("nan")])
+    monkeypatch.setattr(script, "evaluate_loss", lambda *a: {"loss": {"top_k": [next(losses)]}})
+    with pytest.raises(SystemExit, match="step 4: the validation loss is not finite.* holds step 0"):
+        train("--routed", "none")
+    assert weights(tmp_path / "runs" / "001")["step"] == 0
+
+
 @pytest.mark.parametrize("error", [OSError, RuntimeError])
 def test_a_full_disk_keeps_the_old_checkpoint(train, capsys, monkeypatch, error):
     """The only checkpoint replaced by half a new one; an error of torch.save that is no OSError."""

@@ -24,10 +24,3 @@ def main(source: tuple[str, ...] = ("stdlib",), vocab_size: int = 2048, out: Pat
     splits = split_by_document(read_texts(folders, suffixes=[".py"], skip=SKIP))
     origin = f"Python {platform.python_version()}: " + ", ".join(Path(name).name for name in source)
     write_set(out, splits, vocab_size, name="pysource", source=origin, prompt="def main(")
-
-# Expected output (2 CPU cores; another version of Python has slightly different files):
-# files left out: 2 duplicate, 2 empty
-# pysource: Python 3.11.7: stdlib, vocabulary 2048
-#  train: 449 documents, 8,644,214 bytes, 2,708,941 tokens, 3.19 bytes per token
-#    val: 24 documents, 249,493 bytes, 81,590 tokens, 3.06 bytes per token
-# wrote data/pysource in 0.7 s
