@@ -137,27 +137,17 @@ def under_rule(model, batches, name, trained, context, exited_kv):
     return joined(parts)
 
 
-def lens(model, batches, context, depth):
+def lens(model, batches, context):
     """What each exit would say of the next token at full depth, how sure it is, and the blocks that a token
-    runs there -> arrays (W,T,...); "flops" (W, 2 + N) a token: as in `depth`, full depth, all at one exit."""
-    parts, flops, L = [], [], model.config.n_layer
-    at = [(L, 1), *((e, n) for n, e in enumerate(model.classifiers.blocks, 1))]     # exit, classifiers
+    runs there -> arrays (W,T,...)."""
+    parts = []
     for i, batch in enumerate(batches):
         torch.manual_seed(i)
         batch = batch.to(model.wte.weight.device)
         with context, torch.no_grad():
             _, said, p, runs = exit_scores(model, batch)
-        parts.append({"targets": batch.targets, "said": said.int(), "confidence": p, "runs": runs})
-        for row, mask, S in zip(runs.cpu().numpy(), batch.mask.cpu().numpy(), batch.sources(), strict=True):
-            T = mask.sum()
-            texts = [{name: depth[name][len(flops), :T] for name in COUNTED}]
-            for e, n in at:
-                visited = row[:T] & (np.arange(L) < e)
-                texts.append({"visited": visited, "exit_at": np.full(T, e), "classified": n * T})
-            flops.append([cost.decoding(model.config, model.vocab_size, **text, S=S)["flops"] / T
-                          for text in texts])
-    arrays = joined(parts)
-    return {name: arrays[name] for name in ("said", "confidence", "runs")} | {"flops": np.array(flops)}
+        parts.append({"targets": batch.targets.int(), "said": said.int(), "confidence": p, "runs": runs})
+    return joined(parts)
 
 
 def depth_and_cost(model, texts, exited_kv):
@@ -292,7 +282,8 @@ def main(argv=None):
         result["val"][route] = {"loss": loss, "bits_per_byte": bits}
         print(f"val, {route}: loss by exit", *(f"{v:.3f}" for v in loss), f"| {bits[-1]:.3f} bits/byte")
     depth = under_rule(model, batches, named, trained, context, o.exited_kv)
-    depth |= lens(model, batches, context, depth)
+    depth |= lens(model, batches, context)
+    depth["sources"] = np.array([S for batch in batches for S in batch.sources()])
     depth["kind"] = kinds_of(data.encoding)[depth["ids"]]
     depth["routed"] = np.array([n in trained.model.routed_blocks() for n in range(L)])
     depth["rule"] = np.array(named.replace(":", " ") + ", causal routing" * bool(depth["routed"].any()))

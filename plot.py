@@ -1,7 +1,6 @@
 """Draw a run from its files alone: python plot.py --run 3
 
 Each function draw_X makes figures/X.png in the run's folder; main removes it if the files do not suffice."""
-import json
 from dataclasses import dataclass
 
 import matplotlib
@@ -13,7 +12,8 @@ from matplotlib.colors import ListedColormap, to_hex
 
 import run
 from data.common import EOT, UserError, command, load_tokenizer, reading, write_file
-from options import kind_of, parse
+from options import from_file, kind_of, parse
+from page import page_of
 
 # Colours by Okabe and Ito, which colour-blind readers can tell apart; depth is a scale (viridis).
 BLUE, GREY, EDGE = "#0072B2", "#D5D5D5", "#B0B0B0"
@@ -78,7 +78,8 @@ def draw_loss(path):
 
 
 def piece_of(depth, options, tokens):
-    """The rows of all arrays for `tokens` tokens of one text: --window, or where depth changes most."""
+    """The rows of all arrays for `tokens` tokens of one text, --window or where depth changes most, and the
+    number of its source tokens."""
     part = slice(options.first, options.first + tokens)
     changes = np.diff(depth["blocks"][:, part]).astype(bool).sum(1)
     window = changes.argmax() if options.window is None else options.window
@@ -86,9 +87,12 @@ def piece_of(depth, options, tokens):
     if min(window, options.first, tokens - 1) < 0 or not present.any():
         last = len(changes) - 1
         raise UserError(f"--window must be from 0 to {last}, --first in its text and --tokens above 0")
-    piece = {name: a[window, part][present] for name, a in depth.items()
-             if np.shape(a)[:2] == depth["targets"].shape}
-    return piece | {"flops": depth["flops"][window]}
+    return {name: a[window, part][present] for name, a in depth.items()
+            if np.shape(a)[:2] == depth["targets"].shape} | {"source": depth["sources"][window]}
+
+
+def word(decode, i, longest=10):
+    return decode([i]).replace(EOT, "</s>").replace("    ", "⇥").translate(MARKS)[:longest]
 
 
 def draw_map(path, options):
@@ -96,7 +100,7 @@ def draw_map(path, options):
     depth, decode = read_depth(path)[0], load_tokenizer(path.parent / "tokenizer.json").decode
     piece, L = piece_of(depth, options, options.tokens), len(depth["routed"])
     ids, exit_at, cells = (piece[name] for name in ("ids", "exit_at", "cells"))
-    words = [decode([i]).replace(EOT, "</s>").replace("    ", "⇥").translate(MARKS)[:10] for i in ids]
+    words = [word(decode, i) for i in ids]
     fig, ax = plt.subplots(figsize=(11, 2.1 + 0.3 * L))
     for code in np.unique(cells):
         ax.bar(0, 0, color=CELL_COLORS(code), ec=EDGE, label=CELLS[code])      # for the legend
@@ -107,6 +111,24 @@ def draw_map(path, options):
     ax.set(xlabel="token read", ylabel="block", xlim=(0, len(ids)))
     ax.legend(ncols=5, loc="lower left", bbox_to_anchor=(-0.01, 0.98))
     fig.suptitle(depth["title"], x=0.01, ha="left")
+    return fig
+
+
+def draw_lens(path, options):
+    """What each exit would say after each token of a text, at full depth, and whether the last one agrees."""
+    depth, decode = read_depth(path)[0], load_tokenizer(path.parent / "tokenizer.json").decode
+    piece = piece_of(depth, options, min(18, options.tokens))
+    said, T, N = piece["said"], *piece["said"].shape
+    if N == 1:
+        return None
+    fig, ax = plt.subplots(figsize=(11, 1.8 + 0.4 * N))
+    ax.pcolormesh((said != said[:, -1:]).T, cmap=ListedColormap(["#BFD9EA", "#F2BE57"]), ec="white", vmax=1)
+    style = {"family": "monospace", "parse_math": False}
+    for t, n in np.ndindex(T, N):
+        ax.text(t + 0.5, n + 0.5, word(decode, said[t, n], 7), ha="center", va="center", size=9, **style)
+    ax.set_xticks(np.arange(T) + 0.5, [word(decode, i) for i in piece["ids"]], rotation=90, **style)
+    ax.set_yticks(np.arange(N) + 0.5, range(1, N + 1))
+    ax.set(xlabel="token read", ylabel="exit", title="next token by exit (yellow: the last says another)")
     return fig
 
 
@@ -133,25 +155,28 @@ def draw_when(path):
     cells, blocks, L = tokens["cells"], tokens["blocks"], len(depth["routed"])
     if len(np.unique(blocks)) == 1:
         return None
-    fig, ((shares, by_loss), (by_entropy, by_kind)) = plt.subplots(2, 2, figsize=(10, 6.8))
+    fig, ((shares, by_loss, by_entropy), (by_count, *by_kind)) = plt.subplots(2, 3, figsize=(15, 7))
+    tokens["count"] = np.log10(np.maximum(np.bincount(tokens["ids"]), 1))[tokens["ids"]]
     for code in np.unique(cells):
         shares.bar(range(1, L + 1), (cells == code).mean(0), bottom=(cells < code).mean(0), ec=EDGE,
                    color=CELL_COLORS(code), label=CELLS[code])
     shares.set(xlabel="block", ylabel="share of all tokens", xticks=range(1, L + 1))
     shares.legend(ncols=2, loc="lower left", bbox_to_anchor=(-0.02, 0.98))
     mean_of = f"blocks run (mean, of {L})"
-    for ax, key, name in ((by_loss, "loss", "-log p(next)"), (by_entropy, "entropy", "entropy of p")):
+    for ax, key, name in ((by_loss, "loss", "-log p(next), nats"), (by_entropy, "entropy", "of p, nats"),
+                          (by_count, "count", "log10 of the token's count here")):
         x = tokens[key]
         deciles = [i for i in np.array_split(np.argsort(x, kind="stable"), 10) if len(i)]
         ax.plot([x[i].mean() for i in deciles], [blocks[i].mean() for i in deciles], "o-", color=BLUE)
         ax.set(title=f"blocks run against {key} (correlation {np.corrcoef(x, blocks)[0, 1]:.2f})",
-               xlabel=f"{name} (nats, means of deciles)", ylabel=mean_of, ylim=(0, None))
+               xlabel=f"{name} (means of deciles)", ylabel=mean_of, ylim=(0, None))
     kinds = {kind: tokens["kind"] == kind for kind in np.unique(tokens["kind"])}
     names = sorted(kinds, key=lambda kind: blocks[kinds[kind]].mean())
-    bars = by_kind.barh(names, [blocks[kinds[kind]].mean() for kind in names], color=BLUE)
-    by_kind.bar_label(bars, [f" {kinds[kind].sum():,} tokens" for kind in names], fontsize=10)
-    by_kind.grid(False)
-    by_kind.set(title="blocks run by kind of token read", xlabel=mean_of, xlim=(0, L))
+    for ax, counted, said in zip(by_kind, (blocks, tokens["exit_at"]), ("blocks run", "exit"), strict=True):
+        bars = ax.barh(names, [counted[kinds[kind]].mean() for kind in names], color=BLUE)
+        ax.bar_label(bars, [f" {kinds[kind].sum():,} tokens" for kind in names], fontsize=10)
+        ax.grid(False)
+        ax.set(title=f"{said} by kind of token", xlabel=f"{said} (mean, of {L})", xlim=(0, L))
     fig.suptitle(depth["title"], x=0.01, ha="left")
     return fig
 
@@ -220,38 +245,23 @@ def draw_text(path, columns=96):
     return fig
 
 
-def page_of(path, options):
-    """depth.npz -> page.html with up to 300 tokens of a text in it, for a browser."""
-    depth, decode = read_depth(path)[0], load_tokenizer(path.parent / "tokenizer.json").decode
-    piece, (L, N) = piece_of(depth, options, 300), (len(depth["routed"]), depth["said"].shape[-1])
-    names = {"ids": "text", "targets": "next", "exit_at": "exit", "cells": "did", "runs": "runs",
-             "weight": "weight", "said": "said", "confidence": "confidence"}
-    columns = [np.nan_to_num(piece[name].astype(float), nan=-1e9).round(3).tolist() for name in names]
-    tokens = [dict(zip(names.values(), token, strict=True)) for token in zip(*columns, strict=True)]
-    ids = np.concatenate([piece[name].ravel() for name in ("ids", "targets", "said")])
-    as_run, full, *flops = piece["flops"].tolist()
-    data = {"about": depth["title"], "colors": [to_hex(color) for color in depth_colors(L)], "words": CELLS,
-            "exits": [*range(L - N + 1, L + 1)], "as_run": as_run, "full": full, "flops": flops,
-            "vocabulary": {i: decode([i]) for i in np.unique(ids).tolist()}, "tokens": tokens}
-    text = json.dumps(data).replace("<", "\\u003c")         # no token ends the script element
-    return (run.HERE / "page.html").read_text("utf-8").replace(">DATA<", f">{text}<")
-
-
 @command
 def main(argv=None):
     options = parse(argv, Options)
     folder = run.find(options.run, options.out)
     files = {draw_loss: "metrics.jsonl", draw_frontier: "evaluation.json", draw_text: "sample.json",
-             **dict.fromkeys((draw_map, draw_depth, draw_when, draw_router), "depth.npz")}
+             **dict.fromkeys((draw_map, draw_lens, draw_depth, draw_when, draw_router), "depth.npz")}
     figures = []
     for draw, file in files.items():
-        path, more = folder / file, [options] if draw is draw_map else []
+        path, more = folder / file, [options] if draw in (draw_map, draw_lens) else []
         with reading(path):
             figures.append((draw(path, *more) if path.exists() else None, file, draw.__name__[5:]))
     if options.html:
         path = folder / "depth.npz"
         with reading(path):
-            page = page_of(path, options)
+            depth, config = read_depth(path)[0], from_file(*run.stored_options(folder)).model
+            page = page_of(piece_of(depth, options, 300), config, load_tokenizer(folder / "tokenizer.json"),
+                           depth["title"], [*map(to_hex, depth_colors(config.n_layer))], CELLS)
         write_file(folder / "page.html", page)
         print(f"wrote {folder}/page.html: open it in a browser")
     (folder / "figures").mkdir(exist_ok=True)

@@ -230,11 +230,11 @@ def test_own_text_from_any_folder(tmp_path):
     ("nowhere.txt", "nowhere.txt"), ("bad.tar.gz", "bad.tar.gz"), ("x.txt", "too small"),
     ("latin.txt", "no UTF-8 text files in latin.txt"), ("hello.txt --vocab-size 5000", "only 263 tokens"),
     ("a.txt --vocab-size 257", "out of range"), ("a.txt --vocab-size 65537", "out of range"),
-    ("a.txt --out a.txt", "a.txt"), ("a.txt --val a.txt", "are left to train on")])
+    ("a.txt --out a.txt", "a.txt"), ("", "an empty value"), ("a.txt --val a.txt", "are left to train on")])
 def test_user_mistake_is_a_message_not_a_traceback(tmp_path, monkeypatch, capsys, argv, said):
     """Fault: a traceback (of a decompressor; a panic below 256), or exit status 0 after a failure, so that a
     shell script goes on; an empty data set, ids beyond 16 bits, quietly fewer tokens than asked for."""
     monkeypatch.chdir(write_files(tmp_path, {"a.txt": "\n".join(CODE), "hello.txt": "hello hello hello",
                                              "latin.txt": b"caf\xe9", "x.txt": "x", "bad.tar.gz": b"x"}))
-    err = refused(capsys, text.main, "--vocab-size", "300", "--source", *argv.split())
+    err = refused(capsys, text.main, "--vocab-size", "300", "--source", *argv.split(" "))
     assert err.startswith("error: ") and said in err
