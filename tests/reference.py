@@ -78,12 +78,17 @@ class Reference:
         return np.array(heads)
 
     def update(self, n, x, position, memory):
-        """f(x) = a + m of block n, a = Attn(LN1(x)), m = MLP(LN2(x + a)); memory: the (key, value) pairs."""
+        """f(x) = a + m of block n, a = Attn(LN1(x)) plus a translator's c, m = MLP(LN2(x + a))."""
         name = self.name(n)
         query = self.rotate(self.linear(name + ".attn.qkv", self.norm(name + ".ln1", x))[: len(x)], position)
         a = self.linear(name + ".attn.proj", self.attend(query, memory))
+        a = a + self.cross(n, x + a)
         hidden = gelu(self.linear(name + ".mlp.fc", self.norm(name + ".ln2", x + a)))
         return a + self.linear(name + ".mlp.proj", hidden)
+
+    def cross(self, n, x):
+        """Nothing: there is no source."""
+        return 0
 
     def router_weight(self, n, x):
         """MoD 3.4: the router's r = w . x."""
@@ -118,12 +123,9 @@ class Reference:
         k = max(1, round(self.capacity * len(r)))
         return sorted(range(len(r)), key=lambda t: (-r[t], t))[:k]
 
-    def forward_top_k(self, ids):
-        return self.forward(ids, self.top_k)
-
-    def forward(self, ids, select):
-        """Training under a rule, select(r of T tokens) -> the places of those that run. Gives h^0..h^L, each
-        (T, C); visited, r, causal logits (T, L), nan in dense blocks."""
+    def forward(self, ids, select=None):
+        """Training under a rule, select(r of T tokens) -> the places of those that run, or top-k. Gives
+        h^0..h^L, each (T, C); visited, r, causal logits (T, L), nan in dense blocks."""
         T, L = len(ids), self.n_layer
         visited = np.zeros((T, L), dtype=bool)
         r, logits = np.full((2, T, L), np.nan)
@@ -134,7 +136,7 @@ class Reference:
                 for t in range(T):
                     r[t, n - 1] = self.router_weight(n, x[t])
                     logits[t, n - 1] = self.causal_logit(n, x[t])
-                chosen = sorted(select(r[:, n - 1]))  # back in order of time
+                chosen = sorted((select or self.top_k)(r[:, n - 1]))  # back in order of time
             out, memory = x.copy(), []  # MoD 3.4: a token that is not selected keeps x
             for t in chosen:
                 visited[t, n - 1] = True
@@ -144,7 +146,7 @@ class Reference:
 
     def losses(self, ids, targets, select=None):
         """DAT 2.2: {n: -LL^n} in nats, LL^n = sum_t log p(target_t | h_t^n), no token exiting early."""
-        states = self.forward(ids, select or self.top_k)[0]
+        states = self.forward(ids, select)[0]
         nll = dict.fromkeys(self.exits, 0.0)
         for n in self.exits:
             for x, target in zip(states[n], targets, strict=True):

@@ -17,11 +17,7 @@ from reference_seq2seq import log_softmax
 
 def best_exit(gain, cost):
     """argmax_n gain^n - cost n; a tie goes to the lowest n."""
-    best = 1
-    for n in range(2, len(gain) + 1):
-        if gain[n - 1] - cost * n > gain[best - 1] - cost * best:
-            best = n
-    return best
+    return max(range(1, len(gain) + 1), key=lambda n: (gain[n - 1] - cost * n, -n))
 
 
 def kernel(t, other, sigma):
@@ -37,10 +33,7 @@ def oracle(score, cost, sigma):
     T, N = len(score), len(score[0])
     exits = []
     for t in range(T):
-        gain = [0.0] * N
-        for other in range(T):
-            for n in range(1, N + 1):
-                gain[n - 1] += kernel(t, other, sigma) * float(score[other][n - 1])
+        gain = [sum(kernel(t, other, sigma) * float(score[other][n]) for other in range(T)) for n in range(N)]
         exits.append(best_exit(gain, cost))
     return exits
 
@@ -70,32 +63,36 @@ def loss_of_decisions(chi, exit_at, kind):
 
 
 class Predictor:
-    """DAT 3: each predictor is one linear layer; a geometric or binary one has a name per block."""
+    """DAT 3: each predictor is one linear layer; a geometric or binary one has a name per block. model: the
+    `Reference` that has it; of sequence, the mean of its encoder outputs decides for the whole text."""
 
-    def __init__(self, weights, kind):
-        self.weights, self.kind = weights, kind
+    def __init__(self, model, kind):
+        self.model, self.kind = model, kind
 
     def linear(self, x, name="exit_predictor.linear"):
-        return self.weights[name + ".weight"] @ x + self.weights[name + ".bias"]
+        return self.model.linear(name, x)
+
+    def of_source(self):
+        return self.linear(sum(self.model.encoded) / len(self.model.encoded))
 
     def chi(self, n, h):
         """DAT 3.2: chi_t^n = sigmoid(w_n . h_t^n + b_n), for blocks n < N."""
         return float(sigmoid(self.linear(h, f"exit_predictor.linear.{n - 1}")[0]))
 
-    def loss(self, states, source, exit_at):
-        """states h^0..h^N, each (T, C); source: encoder outputs, whose mean decides for the whole text."""
+    def loss(self, states, exit_at):
+        """states h^0..h^N, each (T, C)."""
         if self.kind == "sequence":
-            return loss_multinomial([self.linear(sum(source) / len(source))], exit_at[:1])
+            return loss_multinomial([self.of_source()], exit_at[:1])
         if self.kind == "token":
             return loss_multinomial([self.linear(h) for h in states[1]], exit_at)
         chi = [[self.chi(n, states[n][t]) for n in range(1, len(states) - 1)] for t in range(len(exit_at))]
         return loss_of_decisions(chi, exit_at, self.kind)
 
-    def rule(self, threshold, source):
+    def rule(self, threshold):
         """A rule for `Reference.decode`, asked after block n = 1, 2, ... of a token: does it exit there?"""
         if self.kind not in ("sequence", "token"):
             return lambda n, logits, h: self.chi(n, h) > threshold
-        exit_at = 1 + int(np.argmax(self.linear(sum(source) / len(source)))) if self.kind == "sequence" else 0
+        exit_at = 1 + int(np.argmax(self.of_source())) if self.kind == "sequence" else 0
 
         def decided_once(n, logits, h):
             nonlocal exit_at
@@ -117,7 +114,5 @@ def gradient_factors(N, gamma):
     factors = np.zeros((N, N))
     for n in range(1, N + 1):
         for k in range(n, N + 1):
-            factors[n - 1, k - 1] = 1.0
-            for i in range(n, k):
-                factors[n - 1, k - 1] /= gamma * (N - i)
+            factors[n - 1, k - 1] = math.prod(1 / (gamma * (N - i)) for i in range(n, k))
     return factors

@@ -9,7 +9,7 @@ with one more step in every block; the encoder's weights are those of a `Referen
 import math
 
 import numpy as np
-from reference import Reference, gelu
+from reference import Reference
 
 
 def log_softmax(x):
@@ -18,63 +18,42 @@ def log_softmax(x):
 
 
 class Translator(Reference):
-    def __init__(self, weights, n_layer, n_head, enc_layer, enc_head, capacity=0.125, gate="raw"):
-        super().__init__(weights, n_layer, n_head, capacity, gate)
-        own = {k.removeprefix("encoder."): w for k, w in weights.items() if k.startswith("encoder.")}
-        self.encoder = Reference(own, enc_layer, enc_head)
-        self.source = {}  # block n: the (key, value) pairs of all source tokens
+    """Of one source: its encoding is read once, when this is made."""
 
-    def encode(self, source_ids):
+    def __init__(self, weights, source_ids, enc_layer, enc_head, *decoder):
+        super().__init__(weights, *decoder)
+        own = {k.removeprefix("encoder."): w for k, w in weights.items() if k.startswith("encoder.")}
+        self.encoded = self.encode(Reference(own, enc_layer, enc_head), source_ids)
+        self.source = {}  # block n: the (key, value) pairs of all source tokens, not rotated
+        for n in range(1, self.n_layer + 1):
+            both = [self.linear(self.name(n) + ".cross.key_value", s) for s in self.encoded]
+            self.source[n] = [np.split(kv, 2) for kv in both]
+
+    def encode(self, encoder, source_ids):
         """DAT 2.1: the encoder runs whole; every source token attends to all of them, later ones too."""
-        encoder = self.encoder
         states = [encoder.embed(token) for token in source_ids]
         for n in range(1, encoder.n_layer + 1):
             memory = [encoder.key_value(n, x, i) for i, x in enumerate(states)]
             states = [x + encoder.update(n, x, i, memory) for i, x in enumerate(states)]
         return [encoder.norm("norm", x) for x in states]
 
-    def read(self, source_ids):
-        """What each decoder block sees of the source: its own projections of one encoding, not rotated."""
-        encoded = self.encode(source_ids)
-        for n in range(1, self.n_layer + 1):
-            self.source[n] = []
-            for s in encoded:
-                both = self.linear(self.name(n) + ".cross.key_value", s)
-                self.source[n].append((both[: len(both) // 2], both[len(both) // 2 :]))
-
-    def update(self, n, x, position, memory):
-        """f(x) = a + c + m of one target token x (C,): a = Attn(LN1(x)), c = Cross(LNc(x + a), source),
-        m = MLP(LN2(x + a + c))."""
+    def cross(self, n, x):
+        """c = Cross(LNc(x + a), source) of one target token, for x + a."""
         name = self.name(n)
-        query = self.rotate(self.linear(name + ".attn.qkv", self.norm(name + ".ln1", x))[: len(x)], position)
-        a = self.linear(name + ".attn.proj", self.attend(query, memory))
-        query = self.linear(name + ".cross.query", self.norm(name + ".ln_cross", x + a))
-        c = self.linear(name + ".cross.proj", self.attend(query, self.source[n]))
-        hidden = gelu(self.linear(name + ".mlp.fc", self.norm(name + ".ln2", x + a + c)))
-        return a + c + self.linear(name + ".mlp.proj", hidden)
-
-    def forward_top_k(self, ids, source_ids):
-        """As without a source: states h^0..h^L, each (T, C); visited, scores, guesses (T, L)."""
-        self.read(source_ids)
-        return super().forward_top_k(ids)
-
-    def decode(self, ids, rule, source_ids, exited_kv="copy"):
-        """As without a source: logits (T, V) at the exits, exit_at (T,), visited (T, L), entries of
-        self-attention's caches (L,). DAT 2.2: copied states fill these; the source's are whole."""
-        self.read(source_ids)
-        return super().decode(ids, rule, exited_kv)
+        query = self.linear(name + ".cross.query", self.norm(name + ".ln_cross", x))
+        return self.linear(name + ".cross.proj", self.attend(query, self.source[n]))
 
 
 # ---- translating: every new token reads the source and all written tokens again
 
 
-def beam(translator, source_ids, rule, eos_id, longest, width, length_penalty):
+def beam(translator, rule, eos_id, longest, width, length_penalty):
     """DAT 4 (beam 4 or 5): (log p / length^length_penalty, written) of the best; eos_id is read first."""
     live, finished = [(0.0, ())], []
     for step in range(1, longest + 1):
         candidates = []
         for total, written in live:
-            logp = log_softmax(translator.decode([eos_id, *written], rule, source_ids)[0][-1])
+            logp = log_softmax(translator.decode([eos_id, *written], rule)[0][-1])
             for token in range(len(logp)):
                 candidates.append((total + float(logp[token]), (*written, token)))
         candidates.sort(key=lambda c: -c[0])

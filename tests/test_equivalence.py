@@ -3,18 +3,18 @@
 float64 throughout: decisions (exits, routes) must be equal, numbers close.
 """
 from copy import deepcopy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import reference
 import torch
 from conftest import FOUR, held, one_pass, texts, tiny, tiny_translator
+from reference import Reference, bce
+from reference_seq2seq import Translator
 
 import decode
 import exits
 from data.batches import Batch
-from model import GPT, GPTConfig, position_ids
+from model import GPT, GPTConfig, Seq2Seq, position_ids
 from options import Options
 from routing import NO_POSITION, causal, predictor_loss, top_k
 from train import aligned
@@ -26,26 +26,39 @@ MODELS = {
     "sigmoid gate, separate classifiers": {"gate": "sigmoid", "classifier": "separate", "routed": "0,2,3"},
     "every block": {"routed": "all", "capacity": 0.5},
 }
+TRANSLATORS = {
+    "translator": {"routed": "none"},
+    "tied": {"routed": "none", "embeddings": "tied", "enc_embd": 16, "enc_head": 2},
+    "routed": {"routed": "odd"},
+    "separate": {"routed": "all", "classifier": "separate", "gate": "sigmoid", "capacity": 0.5},
+}
 RULES = {"full": exits.full_depth, "fixed": exits.fixed_exit(FOUR, 2),
          "confidence": exits.confidence(FOUR, 0.24, 0.2, 0.2),
          "scattered": lambda state: (1000 * state.states[-1][..., 0]).remainder(1) < 0.3}     # no pattern
 both_kv = pytest.mark.parametrize("exited_kv", ["copy", "compute"])
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+every_model = pytest.mark.parametrize("model", [*MODELS, *TRANSLATORS], indirect=True)      # not GPTs alone
 
 
-@pytest.fixture(params=MODELS, ids=list(MODELS))
+@pytest.fixture(params=MODELS)
 def model(request):
-    return tiny(**MODELS[request.param])
+    name = request.param
+    return tiny(**MODELS[name]) if name in MODELS else tiny_translator(**TRANSLATORS[name])
 
 
-@pytest.fixture(params=RULES, ids=list(RULES))
-def rule(request):
-    return RULES[request.param]
+def sources_of(model):
+    """Three sources of a translator as lists of ids, and its Memory of them."""
+    ids = texts(5, T=7)
+    return (ids.tolist(), model.encode(ids)) if isinstance(model, Seq2Seq) else ([None] * 3, None)
 
 
-def naive(model):
-    c = model.config
-    weights = {k: v.detach().numpy() for k, v in model.state_dict().items()}
-    return reference.Reference(weights, c.n_layer, c.n_head, c.capacity, c.gate)
+def naive(model, source=None):
+    """The loops with the weights of a model, which may change in place; of a Seq2Seq with one source."""
+    c, weights = model.config, {k: v.detach().numpy() for k, v in model.state_dict().items()}
+    options = c.n_layer, c.n_head, c.capacity, c.gate
+    if source is None:
+        return Reference(weights, *options)
+    return Translator(weights, source, c.enc_layer, c.enc_head, *options)
 
 
 def in_loops(rule):
@@ -66,12 +79,34 @@ def close(a, b):
 
 
 def by_steps(model, ids, rule, chunks=None, memory=None, exited_kv="copy"):
-    """Read ids (B,T) through a cache, `chunks` tokens at a time -> (their StepOutputs, joined, cache)."""
+    """Read ids (B,T) through a cache, `chunks` tokens at a time -> (their StepOutputs as one, cache)."""
     cache, parts = decode.Cache(model, *ids.shape, memory), []
     for part, pos in zip(ids.split(chunks or 1, 1), position_ids(ids).split(chunks or 1, 1), strict=True):
         parts.append(decode.step(model, part, pos, cache, rule, causal, exited_kv))
-    names = "logits exit_at visited weight worked classified predicted".split()
-    return SimpleNamespace(**{name: torch.cat([getattr(p, name) for p in parts], 1) for name in names}), cache
+    return decode.StepOutput(*(torch.cat(part, 1) for part in zip(*parts, strict=True))), cache
+
+
+def row_of(output, b):
+    """One row of a StepOutput."""
+    return decode.StepOutput(*(part[b] for part in output))
+
+
+def check(text, checker, rule, ids=None, exited_kv="copy"):
+    """The exits and visits of a text are those of the loops: of a Generated, or of a row of a StepOutput and
+    the ids that it read, whose logits are those of the loops too -> entries of their caches."""
+    logits, exit_at, visited, cached = checker.decode(ids or text.ids[:-1], rule, exited_kv)
+    assert np.array_equal(text.exit_at, exit_at) and np.array_equal(text.visited, visited)
+    if ids:
+        close(text.logits, logits)
+    return list(cached)
+
+
+def gradients(model, objective):
+    """{name: gradient} of the loss that objective() returns, and the losses of the exits."""
+    model.zero_grad()
+    loss, losses = objective()
+    loss.backward()
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}, losses
 
 
 def same(a, b):
@@ -79,14 +114,22 @@ def same(a, b):
     close(a.logits, b.logits)
 
 
+@every_model
 def test_training_forward_is_the_papers(model):
     """A fault in the block, the gate, the residual, the order or number of tokens selected [MoD eq. 1], in a
-    batch or as decoding does it; losses of the exits and of the predictor that are not sums over rows."""
-    ids, targets, bce = texts(), texts(2), np.zeros(4)
-    layers = list(model.run_layers(model.embed(ids), position_ids(ids)))
+    batch or as decoding does it; in the encoder, in cross-attention or where it stands in the block; losses
+    of the exits and of the predictor that are not sums over rows; encoder output that decoding has read and
+    training then cannot go back through."""
+    ids, targets, losses_of_predictor = texts(), texts(2), np.zeros(4)
+    sources, memory = sources_of(model)
+    for route in top_k, causal:
+        cache = decode.Cache(model, *ids.shape, memory)
+        close(one_pass(model, ids, route=route, cache=cache).logits, model(ids, route, memory).detach())
+    layers = list(model.run_layers(model.embed(ids), position_ids(ids), memory=memory))
     for b, row in enumerate(ids.tolist()):
-        states, visited, weights, logits = naive(model).forward_top_k(row)
-        losses = naive(model).losses(row, targets[b].tolist())
+        checker = naive(model, sources[b])
+        states, visited, weights, logits = checker.forward(row)
+        losses = checker.losses(row, targets[b].tolist())
         for n, (h, routing) in enumerate(layers):
             close(h[b].detach(), states[n + 1])
             close(exits.token_losses(model.classifiers(n + 1, h[b]), targets[b]).sum().item(), losses[n + 1])
@@ -96,31 +139,33 @@ def test_training_forward_is_the_papers(model):
             assert np.array_equal(routing.runs[b], visited[:, n])
             close(routing.weight[b].detach(), weights[:, n])
             close(routing.logit[b].detach(), logits[:, n])
-            bce[n] += reference.bce(logits[:, n], visited[:, n])
-    close([0 if r.logit is None else predictor_loss(r).item() for _, r in layers], bce)
-    close(one_pass(model, ids, route=top_k).logits, model.classifiers(4, layers[-1][0]).detach())
+            losses_of_predictor[n] += bce(logits[:, n], visited[:, n])
+    close([0 if r.logit is None else predictor_loss(r).item() for _, r in layers], losses_of_predictor)
+    close(model(ids, memory=memory).detach(), model.classifiers(4, layers[-1][0]).detach())
+    found, _ = gradients(model, lambda: (model(ids, memory=memory).sum(), None))
+    assert memory is None or found["encoder.norm.weight"].abs().sum() > 0
 
 
 @both_kv
+@each_rule
+@every_model
 def test_decoding_is_the_papers(model, rule, exited_kv):
     """Keys and values of exited tokens that are missing, doubled, at another position or not true under
     "compute"; a state that goes on changing after the exit; rows of a batch that exit at different blocks and
-    disturb each other: token by token against explicit lists."""
-    ids = texts(rows=3, T=10)
-    steps, cache = by_steps(model, ids, rule, None, None, exited_kv)
-    whole = one_pass(model, ids, rule, exited_kv=exited_kv)
+    disturb each other: token by token against explicit lists, with a source and without."""
+    ids, (sources, memory) = texts(4, T=10), sources_of(model)
+    steps, cache = by_steps(model, ids, rule, None, memory, exited_kv)
+    same(by_steps(model, ids, rule, 10, memory, exited_kv)[0], steps)
     if rule is RULES["scattered"]:
-        assert whole.exit_at.unique().tolist() == [1, 2, 3, 4]
+        assert steps.exit_at.unique().tolist() == [1, 2, 3, 4]
     for b, row in enumerate(ids.tolist()):
-        logits, exit_at, visited, cached = naive(model).decode(row, in_loops(rule), exited_kv)
-        for ours in (whole, steps):
-            assert np.array_equal(ours.exit_at[b], exit_at) and np.array_equal(ours.visited[b], visited)
-            close(ours.logits[b], logits)
+        cached = check(row_of(steps, b), naive(model, sources[b]), in_loops(rule), row, exited_kv)
         if exited_kv == "copy":
-            assert [rows[b] for rows in held(cache)] == list(cached)
+            assert [rows[b] for rows in held(cache)] == cached
 
 
 @both_kv
+@each_rule
 def test_any_chunking_of_the_prompt(model, rule, exited_kv):
     """A mask or a slot that is right only for one token, or only for an empty cache; a prompt in one call
     that does not follow the exit rule, or that routes by later tokens."""
@@ -163,6 +208,7 @@ def test_weights_are_the_routers(model):
     assert one_pass(model, ids, exits.fixed_exit(FOUR, 2)).weight[..., 2:].isnan().all()
 
 
+@each_rule
 def test_batched_ragged_generation_is_single(model, rule):
     """Padding that is attended to, routed or counted; rows that share cache slots or random numbers; a greedy
     text, exits or visits from the cache that are not those of one pass over the finished text; rows that
@@ -193,10 +239,8 @@ def test_gradients_exit_by_exit_are_those_of_the_sum(kind, monkeypatch):
     monkeypatch.setattr(exits, "CHUNK", 5 * 23)
     model, ids, targets, loss = tiny(**kind), texts(1), texts(2), 0
     options = Options(exit_weights="sqrt(n)", predictor_loss=0.3, balance_loss=0.2, route="causal")
-    total, sums = aligned(model, Batch(ids, targets, position_ids(ids)), 1 / ids.numel(), options)
-    total.backward()
-    ours = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
+    batch = Batch(ids, targets, position_ids(ids))
+    ours, sums = gradients(model, lambda: aligned(model, batch, 1 / ids.numel(), options))
     for n, (h, routing) in enumerate(model.run_layers(model.embed(ids), position_ids(ids), route=causal), 1):
         of_exit = exits.token_losses(model.classifiers(n, h), targets).sum()
         close(of_exit.item(), sums[n - 1])
@@ -205,8 +249,7 @@ def test_gradients_exit_by_exit_are_those_of_the_sum(kind, monkeypatch):
             loss = loss + 0.3 * predictor_loss(routing)
         if routing.balance is not None:
             loss = loss + 0.2 * routing.balance
-    (loss / ids.numel()).backward()
-    theirs = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    theirs, _ = gradients(model, lambda: (loss / ids.numel(), None))
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 

@@ -3,14 +3,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import FOUR, one_pass, texts, tiny, tiny_translator
-from test_equivalence import by_steps, close, same
-from test_equivalence import naive as loops_of
-from test_translation import END, loops, search
+from test_equivalence import by_steps, check, naive, row_of, same
+from test_translation import END
 
 import decode
 import exits
-
-N = 4
 
 
 @pytest.mark.parametrize("kind, weights", {"1": (1, 1, 1), "n": (1, 2, 3), "1/n": (6, 3, 2),
@@ -36,10 +33,10 @@ def test_confidence_compares_with_the_threshold_of_its_block():
 def test_each_exit_has_its_own_norm_and_shares_or_owns_its_matrix(kind, names):
     """Classifiers tied when they should be separate, or the other way round."""
     model = tiny(classifier=kind)
-    assert set(model.classifiers.weights) == names and len(model.classifiers.norms) == N
+    assert set(model.classifiers.weights) == names and len(model.classifiers.norms) == 4
     assert all((p is model.wte.weight) == (kind == "tied") for p in model.classifiers.weights.values())
     last = tiny(exits="last", classifier=kind).classifiers
-    assert last.blocks == (N,) and len(last.norms) == len(last.weights) == 1
+    assert last.blocks == (4,) and len(last.norms) == len(last.weights) == 1
 
 
 def agree(state):
@@ -60,40 +57,30 @@ def agree_in_loops():
 
 
 @pytest.mark.parametrize("classifier", ["tied", "separate"])
-def test_a_rule_sees_the_logits_of_the_block_before(classifier, monkeypatch):
-    """`states[-2]` that is h^1 and not h^(n-1), logits of exited or other tokens, logits made twice: in one
-    pass, step by step and in a beam, against brute force."""
-    made, honest = [], exits.Classifiers.forward
+def test_a_rule_sees_the_logits_and_states_of_every_block(classifier, monkeypatch):
+    """`states[-2]` that is h^1 and not h^(n-1), or that is overwritten; logits of exited or other tokens,
+    logits made twice: in one pass, step by step and in a beam, against brute force."""
+    made, kept, honest = [], [], exits.Classifiers.forward
     monkeypatch.setattr(exits.Classifiers, "forward", lambda self, n, h: made.append(n) or honest(self, n, h))
     model, ids = tiny(vocab=5, classifier=classifier), texts(vocab=5)
-    whole = one_pass(model, ids, agree)
+    whole = one_pass(model, ids, lambda state: kept.append([*state.states]) or agree(state))
     assert len(made) == len(set(made)) == int(whole.exit_at.max())
-    same(whole, by_steps(model, ids, agree)[0])
-    for b, row in enumerate(ids.tolist()):
-        logits, exit_at, visited, _ = loops_of(model).decode(row, agree_in_loops())
-        assert np.array_equal(whole.exit_at[b], exit_at) and np.array_equal(whole.visited[b], visited)
-        close(whole.logits[b], logits)
-    assert {2, N} <= set(whole.exit_at.flatten().tolist())
-    model, sources = tiny_translator(vocab=5, classifier=classifier), texts(9, vocab=5, T=6).tolist()
-    for best, source in zip(search(model, sources, agree, 3), sources, strict=True):
-        _, exit_at, visited, _ = loops(model).decode(best.ids[:-1], agree_in_loops(), source)
-        assert best.ids[0] == END and np.array_equal(best.exit_at, exit_at)
-        assert np.array_equal(best.visited, visited)
-        assert np.array_equal(best.classified, exit_at)
-
-
-def test_a_rule_sees_the_states_of_every_block():
-    """A list that keeps the first and the last state alone, or whose states are overwritten."""
-    kept = []
-    one_pass(tiny(), texts(), lambda state: kept.append([*state.states]) or exits.random_exit(FOUR)(state))
     assert [len(states) for states in kept] == [1, 2, 3]
     assert kept[0][0] is kept[1][0] is kept[2][0] and kept[1][1] is kept[2][1]
     assert not torch.equal(kept[2][0], kept[2][1]) and not torch.equal(kept[2][1], kept[2][2])
+    same(whole, by_steps(model, ids, agree)[0])
+    for b, row in enumerate(ids.tolist()):
+        check(row_of(whole, b), naive(model), agree_in_loops(), row)
+    assert {2, 4} <= set(whole.exit_at.flatten().tolist())
+    model, sources = tiny_translator(vocab=5, classifier=classifier), texts(9, vocab=5, T=6).tolist()
+    for best, source in zip(decode.translate(model, sources, END, agree, 3), sources, strict=True):
+        check(best, naive(model, source), agree_in_loops())
+        assert best.ids[0] == END and np.array_equal(best.classified, best.exit_at)
 
 
 def test_sampling_follows_the_distribution_it_is_given():
     """Temperature on the wrong side, top-k that keeps k+1, a cumulative sum that returns a token of p = 0."""
-    logits = torch.tensor([[0.0, 2.0, 1.0, -torch.inf, 3.0]]).double()
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1e9, 3.0]]).double()   # the fourth: p = 0
     u = torch.linspace(0, 1, 20001)[:-1].double()
 
     def sample(logits, temperature, top_k, u=u[:1]):
@@ -112,12 +99,14 @@ def test_sampling_follows_the_distribution_it_is_given():
 
 
 def test_what_cannot_be_decoded_is_refused():
-    """Positions clamped to the last one of the context; texts sampled with dropout; an empty prompt
-    that is an index error deep inside instead of a sentence."""
+    """Positions clamped to the last one of the context; texts sampled with dropout; an empty prompt or an
+    index error deep inside instead of a sentence; a token written where there is no room."""
     model, ids, full, long = tiny(), texts(), exits.full_depth, [1] * 20
     training, translator = tiny().train(), tiny_translator().train()
     for message, calls in {
-            "exceed the context of 24": [lambda: model(texts(T=25))],
+            "tokens exceed the context of 24": [lambda: model(texts(T=25))],
+            "source of 25 tokens exceeds the context of 24": [lambda: translator.encode(texts(T=25))],
+            "holds 4 tokens": [lambda: one_pass(model, ids, cache=decode.Cache(model, 3, 4))],
             "the context is 24": [lambda: decode.generate(model, [long], 5, full)],
             "empty prompt": [lambda: decode.generate(model, [[1], []], 3, full)],
             "eval": [lambda: one_pass(training, ids), lambda: decode.generate(training, [[1]], 3, full),
