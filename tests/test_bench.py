@@ -11,7 +11,9 @@ SMALL = "--n_layer 4 --n_head 2 --n_embd 32 --vocab_size 64 --block_size 544 --r
 
 
 def test_parts_run(tmp_path, capsys):
-    """A part that no longer fits the model; a row without its bound; counted ratios of something else."""
+    """A part that no longer fits the model; a row without its bound; counted ratios of something else; more
+    repeats than the block has room for: a traceback after minutes."""
+    assert "fit into --block_size 544" in refused(capsys, bench.main, *SMALL, "--repeats", 2)
     bench.main([*SMALL, *f"--parts train exits mod --out {tmp_path}/bench.json".split()])
     rows = {r["what"]: r for r in run.read_json(tmp_path / "bench.json", "rows")}
     assert all(r["ratio"][0] <= r["ratio"][1] <= r["ratio"][2] for r in rows.values())
@@ -32,8 +34,3 @@ def test_counts_are_of_the_tokens_after_the_prefix():
     assert flops == 2 * (24 * 32 * 32 + 4 * 11 * 32) + 2 * 64 * 32
     parts = [bench.counts(model, fixed_exit(model, 2), ids[:, :t + 1], t) for t in range(11)]
     assert bench.counts(model, fixed_exit(model, 2), ids, 0) == pytest.approx(sum(parts))
-
-
-def test_bad_options_are_refused(capsys):
-    """More repeats than the block has room for: a traceback after minutes."""
-    assert "fit into --block_size 544" in refused(capsys, bench.main, *SMALL, "--repeats", 2)

@@ -47,8 +47,8 @@ def mflops(S, T, C=32):
 def translator(pairs, tmp_path_factory):
     """A finished run that has learned the eight words (do not change it)."""
     return trained(pairs, tmp_path_factory.mktemp("translators"),
-                   "--n_embd 32 --enc_embd 32 --steps 320 --lr 0.01 --warmup 20 --eval_every 160 "
-                   "--save_every 20 --batch_tokens 256 --rule confidence:0.5 --label_smoothing 0.05")
+                   "--n_embd 32 --enc_embd 32 --steps 220 --lr 0.01 --warmup 20 --eval_every 110 "
+                   "--save_every 110 --batch_tokens 256 --rule confidence:0.5 --label_smoothing 0.05")
 
 
 @pytest.fixture
@@ -71,29 +71,26 @@ def test_a_translator_learns_to_translate(translator):
 
 
 def test_bleu_of_every_exit(copy, pairs, capsys):
-    """Outputs in another order than their references, exits that are all the same, a wrong signature."""
+    """Outputs in another order than their references, exits that are all the same, a wrong signature; FLOPs
+    of another text, of all hypotheses or of the worst."""
     found = evaluation(copy, "--bleu test --beam 2 --batch_size 5")["translated"]["test"]
     assert [r["rule"] for r in found] == ["fixed:1", "fixed:2", "fixed:3", "full", "confidence:0.5"]
     assert [r["exit"] for r in found[:4]] == [1, 2, 3, 4] and 1 <= found[4]["exit"] < 4
-    references = parallel.load_pairs(pairs).originals("test", "bb")
+    data, lengths = parallel.load_pairs(pairs), {}
+    sources, references = (data.originals("test", language) for language in ("aa", "bb"))
     for row in found:
         lines = (copy / "outputs" / row["file"]).read_text("utf-8").splitlines()
         assert row["bleu"] == pytest.approx(sacrebleu.corpus_bleu(lines, [references]).score)
         assert row["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a") and row["seconds"] > 0
         assert row["mflops_needed"] <= row["mflops_paper"]
+        lengths[row["rule"]] = [[len(parallel.sentence_ids(data.encoding, text)) for text in texts]
+                                for texts in (sources, lines)]
+    assert found[3]["mflops_paper"] == pytest.approx(np.mean(list(map(mflops, *lengths["full"]))))
     assert found[3]["bleu"] > 60 and "| full |" in capsys.readouterr().out
 
 
-def test_flops_and_words_of_a_translation(copy, pairs, capsys):
-    """FLOPs of another text, of all hypotheses or of the worst; another sentence than the one asked for, or
-    the end token printed."""
-    [row] = evaluation(copy, "--bleu test --rules full --beam 3")["translated"]["test"]
-    data = parallel.load_pairs(pairs)
-    sources, encoding = data.originals("test", "aa"), data.encoding
-    outputs = (copy / "outputs" / "test.full.txt").read_text("utf-8").splitlines()
-    lengths = [[len(parallel.sentence_ids(encoding, text)) for text in texts] for texts in (sources, outputs)]
-    assert row["mflops_paper"] == pytest.approx(np.mean(list(map(mflops, *lengths))))
-    capsys.readouterr()
+def test_the_words_of_a_translation(copy, capsys):
+    """Another sentence than the one asked for, or the end token printed."""
     sample.main(["--run", str(copy), "--prompt", "otter heron\nlizard badger\n"])
     assert capsys.readouterr().out.startswith("otter heron \nuno due\n---")
     assert "\nlizard badger \ncinque tre\n" in (copy / "sample.txt").read_text("utf-8")
@@ -121,11 +118,16 @@ def test_what_cannot_be_is_refused_before_writing(copy, finished, pairs, dataset
         (evaluate, f"--run {finished}"): {
             "--exited_kv compute": "without routed blocks", "--bleu test": "this run is a GPT",
             f"--data {pairs}": "say what to --translate, aa-bb"},
-        (script, f"--out {tmp_path}/runs --data"): {
+        (script, f"--steps 1 --out {tmp_path}/runs --data"): {
             f"{dataset} --translate aa-bb": "nothing to", f"{dataset} --enc_layer 3": "a GPT has no source",
             f"{pairs} --translate en-de": "use aa-bb or bb-aa", f"{pairs}": "say what to --translate",
             f"{new} --batch_size 8": "have --batch_tokens", f"{new} --block_size 2": "at most 2 tokens",
-            f"{new} --enc_embd 64": "separate"}}
+            f"{new} --enc_embd 64": "separate", f"{dataset} --gate one": "no gradient",
+            f"{dataset} --noops 2": "there are no experts", f"{dataset} --experts 1": "leaves no choice",
+            f"{dataset} --experts 2 --objective mixed --routed none": "cannot train routed blocks or",
+            f"{dataset} --router random --causal_logit router": "nothing learns to route",
+            f"{dataset} --router random --predictor_loss 1": "nothing learns to route",
+            f"{dataset} --experts 2 --expert_capacity 0": "must be from"}}
     for (main, first), more in cases.items():
         for words, said in more.items():
             words, *prompt = words.split("|")

@@ -3,6 +3,8 @@ import gzip
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import WORDS
 from test_data import write_files
 from test_scripts import refused
@@ -11,6 +13,7 @@ from data import parallel
 from data.batches import NO_POSITION, Buckets
 from data.multi30k import prepare as multi30k
 from data.pairs import prepare
+from model import position_ids
 
 DE = "ein hund und eine katze\nund ein mann\neine frau und ein kind\n" * 4
 EN = "a dog and a cat\nand a man\na woman and a child\n" * 4
@@ -74,7 +77,8 @@ def test_pairs_with_an_empty_side_or_in_another_split_are_left_out(tmp_path, cap
 
 
 def test_an_epoch_has_every_pair_once_and_batches_stay_under_their_limit():
-    """Pairs lost at the ends of buckets, batches that overflow the memory, epochs that are all alike."""
+    """Pairs lost at the ends of buckets, batches that overflow the memory, epochs that are all alike; a
+    decoder that sees its target, or padding that has a position."""
     draw = np.random.default_rng(0)
     pairs = [tuple((*draw.integers(0, 90, length).tolist(), 99) for length in draw.integers(1, 20, 2))
              for _ in range(300)]
@@ -83,7 +87,11 @@ def test_an_epoch_has_every_pair_once_and_batches_stay_under_their_limit():
     def rows(t):
         batch = data.step(7, t)
         assert batch.ids.numel() <= 128 and batch.source[0].numel() <= 128
-        assert batch.count == (batch.targets >= 0).sum() == batch.live.sum()
+        assert batch.count == batch.live.sum() and torch.equal(batch.live, batch.targets >= 0)
+        assert torch.equal(batch.ids, F.pad(batch.targets, (1, -1), value=99).where(batch.live, 0))
+        for ids, pos in (batch.ids, batch.pos), batch.source:
+            present = pos < NO_POSITION
+            assert torch.equal(pos, position_ids(pos).where(present, NO_POSITION)) and not ids[~present].any()
         return [(tuple(s[p < NO_POSITION].tolist()), tuple(y[y >= 0].tolist())) for s, p, y in
                 zip(*batch.source, batch.targets, strict=True)]
     n = len(data.cuts)
@@ -96,13 +104,3 @@ def test_an_epoch_has_every_pair_once_and_batches_stay_under_their_limit():
     assert sum(len(b.ids) for b in data.fixed(10**6)) == len(kept)
     lengths = [max(b.ids.size(1), b.source[0].size(1)) for b in data.fixed(3)]      # not short ones only
     assert len(lengths) == 3 and lengths[0] < lengths[1] < lengths[2] == 18
-
-
-def test_what_a_batch_of_pairs_holds():
-    """A decoder that sees its target, or padding that has a position."""
-    batch = Buckets([[5, 6, 9], [7, 9]], [[1, 9], [2, 3, 4, 9]], 9, 100, 50).at([0, 1])
-    assert batch.ids.tolist() == [[9, 1, 0, 0], [9, 2, 3, 4]]
-    assert batch.targets.tolist() == [[1, 9, -1, -1], [2, 3, 4, 9]]
-    assert batch.pos.tolist() == [[0, 1, NO_POSITION, NO_POSITION], [0, 1, 2, 3]]
-    assert batch.source[0].tolist() == [[5, 6, 9], [7, 9, 0]]
-    assert batch.source[1].tolist() == [[0, 1, 2], [0, 1, NO_POSITION]]
