@@ -23,7 +23,8 @@ def write_depth(folder, exit_at=None, visited=None, routed=(False, True, False),
     exit_at = np.array(draw.integers(1, L + 1, (W, T)) if exit_at is None else exit_at, np.uint8)
     shape, runs = exit_at.shape, draw.random((*exit_at.shape, L)) < np.where(routed, 0.5, 1)
     visited = (np.arange(L) < exit_at[..., None]) & runs if visited is None else np.array(visited, bool)
-    depth = {"ids": np.full(shape, ord("a")), "targets": np.ones(shape, int), "exit_at": exit_at,
+    depth = {"ids": draw.integers(97, 123, shape), "targets": np.ones(shape, int), "exit_at": exit_at,
+             "said": draw.integers(97, 123, (*shape, L)), "sources": np.zeros(W, int),
              "loss": draw.random(shape), "entropy": draw.random(shape), "visited": visited,
              "routed": np.full(L, routed), "weight": draw.normal(size=visited.shape),
              "kind": np.where(draw.random(shape) < 0.3, "name", "space"), "rule": np.array("a rule")} | more
@@ -60,14 +61,14 @@ def test_every_figure_needs_its_own_file_alone(folder):
     targets = np.where(np.arange(T) < np.arange(8, 8 + W)[:, None], 1, -1)
     write_depth(folder, routed=False, targets=targets)
     (folder / "figures" / "mine.png").write_bytes(b"x")
-    assert drawn() == {"loss", "map", "depth", "when", "frontier", "text", "mine"}
+    assert drawn() == {"loss", "map", "lens", "depth", "when", "frontier", "text", "mine"}
     fig = plot.draw_when(folder / "depth.npz")
     assert [c.get_label() for c in fig.axes[0].containers] == ["ran", "exited: state copied"]
     assert f"{(targets >= 0).sum()} validation tokens" in fig.get_suptitle()
     write_depth(folder, np.full((W, T), L), routed=False)
     (folder / "sample.json").unlink()
     draw_frontier(folder, {"full": (3, 3.0)})
-    assert drawn() == {"loss", "map", "depth", "mine"}
+    assert drawn() == {"loss", "map", "lens", "depth", "mine"}
     (folder / "depth.npz").unlink()
     draw_frontier(folder, {"full": (3, 3.0), "fixed:1": (1, 4.0)})
     assert drawn() == {"loss", "frontier", "mine"}
@@ -184,17 +185,30 @@ def test_when_says_what_is_correlated(folder):
     depth["targets"][0] = -1
     depth["loss"] = depth["visited"].sum(-1) * 2.0
     write_depth(folder, **depth)
-    _, loss, entropy, kinds = plot.draw_when(folder / "depth.npz").axes
+    _, loss, entropy, count, kinds, exits = plot.draw_when(folder / "depth.npz").axes
     line, blocks, kind = loss.lines[0], depth["visited"].sum(-1)[1:], depth["kind"][1:]
     assert "(correlation 1.00)" in loss.get_title(loc="left") and len(line.get_xdata()) == 10
     assert line.get_xdata() == pytest.approx(2 * line.get_ydata())
     r = np.corrcoef(depth["entropy"][1:].ravel(), blocks.ravel())[0, 1]
     assert f"entropy (correlation {r:.2f})" in entropy.get_title(loc="left")
-    bars = zip(words(kinds.get_yticklabels()), kinds.patches, words(kinds.texts), strict=True)
-    means = {name: blocks[kind == name].mean() for name in ("name", "space")}
-    assert {name: bar.get_width() for name, bar, _ in bars} == pytest.approx(means)
+    for ax, counted in (kinds, blocks), (exits, depth["exit_at"][1:]):
+        bars = zip(words(ax.get_yticklabels()), ax.patches, words(ax.texts), strict=True)
+        means = {name: counted[kind == name].mean() for name in ("name", "space")}
+        assert {name: bar.get_width() for name, bar, _ in bars} == pytest.approx(means)
+    ids = depth["ids"][1:].ravel()
+    r = np.corrcoef(np.log10([(ids == i).sum() for i in ids]), blocks.ravel())[0, 1]
+    assert f"count (correlation {r:.2f})" in count.get_title(loc="left")
     write_depth(folder, [[1, 2, 3]], routed=False)
     assert len(plot.draw_when(folder / "depth.npz").axes[1].lines[0].get_xdata()) == 3
+
+
+def test_what_each_exit_would_say(folder):
+    """The word of another exit or token; a disagreement with the first exit, not the last."""
+    depth, options = write_depth(folder), plot.Options(window=2, first=5, tokens=9)
+    ax, = plot.draw_lens(folder / "depth.npz", options).axes
+    said = depth["said"][2, 5:14]
+    assert words(ax.texts) == [chr(i) for i in said.flat]
+    assert np.array_equal(ax.collections[0].get_array().reshape(L, 9), (said != said[:, -1:]).T)
 
 
 def test_the_frontier_knows_no_rule_by_name(tmp_path):

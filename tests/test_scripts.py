@@ -44,7 +44,7 @@ def test_the_default_run_ends_with_a_sample_and_figures(finished):
     files = {p.name for p in finished.rglob("*") if p.is_file()}
     assert files == set("options.json tokenizer.json meta.json metrics.jsonl ckpt.pt lock depth.npz "
                         "sample.txt sample.json evaluation.json map.png depth.png router.png loss.png "
-                        "text.png frontier.png when.png".split())
+                        "text.png frontier.png when.png lens.png".split())
     for picture in finished.glob("figures/*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
     depth = np.load(finished / "depth.npz")
