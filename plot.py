@@ -148,6 +148,7 @@ def draw_depth(path):
     return fig
 
 
+@np.errstate(invalid="ignore")      # a correlation with a constant is nan
 def draw_when(path):
     """Shares of all tokens by what each block did with them; mean number of blocks run by decile of loss, by
     decile of entropy and by kind of the token read."""

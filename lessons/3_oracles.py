@@ -20,8 +20,9 @@ N, C = model.config.n_layer, model.config.n_embd
 def read(batches):
     """-> h^1 (B,T,C), scores (B,T,N) of all exits: log-likelihood, or 1 if right; mask (B,T)."""
     h = torch.cat([model.blocks[0](model.embed(b.ids), b.pos)[0] for b in batches])
-    losses, right, _ = map(torch.cat, zip(*(exit_scores(model, b) for b in batches), strict=True))
-    scores = {"likelihood": -losses.double(), "correctness": right.double()}
+    losses, said, *_ = map(torch.cat, zip(*(exit_scores(model, b) for b in batches), strict=True))
+    scores = {"likelihood": -losses.double(),
+              "correctness": (said == torch.cat([b.targets for b in batches]).unsqueeze(-1)).double()}
     return h, scores, torch.ones(h.shape[:2], dtype=torch.bool)     # text has no padding
 
 def summary(exit_at):

@@ -1,11 +1,15 @@
 """Shared by the lessons: small models, trained once and kept in runs/lessons.
 
-LESSON_STEPS and LESSON_DATA in the environment change how long and on what: the tests use a few steps."""
+LESSON_STEPS and LESSON_DATA in the environment change how long and on what. The tests set both, and then all
+is written below the current folder."""
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
@@ -13,29 +17,38 @@ import run  # noqa: E402
 import train  # noqa: E402
 from data.batches import batches_of, open_data  # noqa: E402
 
-SMALL = "--n_layer 6 --n_embd 64 --n_head 4 --block_size 128 --batch_size 8 --lr 3e-3 --warmup 20"
-FIGURES = Path("lessons/figures")       # below the current folder
+SMALL = "--n_layer 6 --n_embd 64 --n_head 4 --block_size 128 --batch_size 8 --lr 0.01 --warmup 20"
+HERE = Path() if "LESSON_STEPS" in os.environ else ROOT
 
 
-def trained(words="", steps=200):
+def trained(words="", steps=150):
     """Train SMALL with further options, or find it trained -> model in eval mode, its options, data set,
     validation batches."""
-    steps = int(os.environ.get("LESSON_STEPS", steps))
-    name = "_".join(words.replace("--", "").split()) or "default"
-    out = Path("runs") / "lessons" / f"{name}-{steps}"
-    if not (out / "001" / "ckpt.pt").exists():
-        data = ["--data", os.environ.get("LESSON_DATA", "pysource"), "--out", str(out)]
-        train.main([*SMALL.split(), *words.split(), *data, f"--steps={steps + 1}", f"--stop_at={steps}"])
-    _, o, _, model = run.open_run(out / "001")
+    steps, data = int(os.environ.get("LESSON_STEPS", steps)), os.environ.get("LESSON_DATA", "pysource")
+    name = "_".join([Path(data).name, *words.replace("--", "").split(), str(steps)])
+    out = HERE / "runs" / "lessons" / name
+    with contextlib.suppress(Exception):        # none yet, or not to its end
+        if run.load(run.find("last", out), "cpu")["step"] == steps:
+            return opened(out)
+    print(f"training a small model for {steps} steps ({words or 'default'}) ...", flush=True)
+    options = f"{SMALL} {words} --data {data} --out {out} --steps {steps + 1} --stop_at {steps}"
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(options.split())
+    return opened(out)
+
+
+def opened(out):
+    _, o, _, model = run.open_run("last", out)
     data = open_data(o.data, o.translate)[1]
     return model, o, data, batches_of(data, "val", o).fixed(o.eval_windows)
 
 
 def save(figure, name):
     """Write a figure into lessons/figures."""
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURES / f"{name}.png", dpi=80)
-    print(f"wrote {FIGURES / name}.png")
+    path = HERE / "lessons" / "figures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    print(f"wrote lessons/figures/{name}.png")
 
 
 def exercise(check, mine):

@@ -88,6 +88,16 @@ def test_the_learning_rate():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
+def test_every_piece_of_every_step_draws_anew(train, monkeypatch):
+    """The same dropout at every step, for every piece, or for every seed."""
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
+    monkeypatch.setattr(script, "evaluate_loss", lambda *a: None)
+    for number in 0, 1:
+        train("--grad_accum_steps", 2, "--seed", number, "--stop_at", 4)
+    assert len(set(seeds)) == len(seeds) == 2 * (1 + 4 * 2)
+
+
 def test_only_matrices_decay():
     """Decay on norms, biases or routers."""
     model = tiny()
