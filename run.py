@@ -195,7 +195,7 @@ def load(folder, device):
             raise RuntimeError(f"checksum of {damaged}")
         state = torch.load(path, map_location=device, weights_only=True)
         unchanged(folder, {name: state["files"][name] for name in FILES})
-        if state["step"] not in range(2**31):
+        if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError("no step")
         return {part: state[part] for part in ("step", "model", "optimizer")}
 

@@ -94,7 +94,6 @@ save(fig, "3_oracles")
 
 # %% [markdown]
 # **Exercise.** The smoothed oracle [3.2]: token t' counts exp(-(t - t')^2 / sigma) for token t.
-
 # %%
 def specification(score, mask, exit_cost, sigma):
     """Scores (B,T,N), mask (B,T), False at padding -> exits (B,T) in 1..N, on ties the lowest."""

@@ -125,6 +125,10 @@ def test_the_diffs_to_make_it_yours_apply_and_run(finished, dataset, tmp_path):
         assert len(re.findall(r"^[+-](?!--|\+\+)", diff, re.M)) <= 10
         subprocess.run(["git", "apply", "-"], cwd=folder, input=diff.encode("utf-8"), check=True)
 
+    page = (ROOT / "docs" / "reliability.md").read_text("utf-8")       # run by a slow test
+    [diff] = re.findall(r"^```diff\n(.*?)^```", page, re.M | re.S)
+    subprocess.run(["git", "apply", "--check", "-"], cwd=folder, input=diff.encode("utf-8"), check=True)
+
     def python(*words):
         """Run the Python of the changed copy -> what it printed."""
         done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True,

@@ -92,7 +92,6 @@ def test_a_random_configuration_works_or_is_refused(dataset, pairs, tmp_path, se
             assert code == 0 or code == 2 and re.search(FAIR, said), said
 
 
-# ----------------------------------------------------------------------------- damaged files
 DAMAGES = {
     "missing": None, "empty": lambda old: b"", "half": lambda old: old[:len(old) // 2],
     "one byte": lambda old: old[:len(old) // 2] + bytes([old[len(old) // 2] ^ 255]) + old[len(old) // 2 + 1:],
@@ -125,9 +124,8 @@ def test_a_damaged_file_is_refused_by_name(folder, dataset, tmp_path, file, read
         "plot": (plot.main, "--run", folder)}[reader]
     path = tmp_path / file if use_data else folder / file
     if reader == "plot":        # the files drawn before it
-        for other in FIGURES - {file}:
-            if file != "tokenizer.json" or other != "depth.npz":
-                (folder / other).unlink()
+        for other in FIGURES - {file, "depth.npz" if file == "tokenizer.json" else file}:
+            (folder / other).unlink()
     whole = path.read_bytes()
     for damage, change in DAMAGES.items():
         if change is None:
@@ -187,7 +185,6 @@ def test_a_checkpoint_of_other_content_is_refused(folder, capsys, name):
     assert content(folder) == before
 
 
-# ----------------------------------------------------------------------------- processes
 def start(*words):
     """train.py in a process of its own."""
     return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, words)], stdout=subprocess.DEVNULL,
@@ -201,7 +198,7 @@ def trains(process, lock):
     assert process.poll() is None, process.stderr.read()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=SLOW)])
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=SLOW)])
 def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(dataset, tmp_path, kills):
     """kill -9 at random moments, with a checkpoint at every step: one that cannot be read, a lost step, a
     lock that outlives its process; another process that trains the same run at the same time."""
@@ -213,11 +210,10 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(dataset, tmp_path, 
             trains(process, folder / "lock")
             while not (folder / "ckpt.pt").exists():
                 time.sleep(0.01)
-            if kills < 9:
-                second = start("--resume", folder)
-                with contextlib.closing(SimpleNamespace(close=second.kill)):
-                    assert f"by process {process.pid} " in second.communicate(timeout=60)[1]
-                    assert second.returncode == 2
+            second = start("--resume", folder)
+            with contextlib.closing(SimpleNamespace(close=second.kill)):
+                said = second.communicate(timeout=60)[1]
+            assert f"by process {process.pid} " in said and second.returncode == 2
             time.sleep(draw.random() / 2)
             process.kill()
         step, words_now = run.load(folder, "cpu")["step"], ["--resume", folder]
@@ -231,7 +227,6 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(dataset, tmp_path, 
 CONTROLS = {    # what is lost on the way
     "moments": lambda state, training: state["optimizer"].clear(),
     "step": lambda state, training: state.update(step=0),
-    "weights": lambda state, training: state["model"]["wte.weight"].mul_(1.001),
     "data": lambda state, training: training.append(1)}
 
 
@@ -269,6 +264,7 @@ def test_too_little_memory_is_one_line(train, monkeypatch, full):
         train()
 
 
+@SLOW
 def test_the_change_for_several_processes(train, dataset, tmp_path, monkeypatch, capsys):
     """Gradients, losses or draws other than those of one process; a second writer, a resume of something
     else; processes that train without the change, each for itself."""
