@@ -86,10 +86,10 @@ def test_a_random_configuration_works_or_is_refused(dataset, pairs, tmp_path, se
         assert equal(weights(folder), weights(other)) and weights(folder)["step"] == 5
         for kind in "train", "val":
             assert [m["loss"] for m in lines(folder, kind)] == [m["loss"] for m in lines(other, kind)]
-    for main, more in (sample.main, []), (evaluate.main, ["--rules", "full"]), (plot.main, []):
-        if seed % 5 == 0 or main is not plot.main:
-            code, said = outcome(main, "--run", folder, *more)
-            assert code == 0 or code == 2 and re.search(FAIR, said), said
+    scripts = (sample.main, []), (evaluate.main, ["--rules", "full"]), (plot.main, [])
+    for main, more in scripts if seed % 10 == 0 else scripts[seed % 2:][:1]:
+        code, said = outcome(main, "--run", folder, *more)
+        assert code == 0 or code == 2 and re.search(FAIR, said), said
 
 
 DAMAGES = {
@@ -151,28 +151,22 @@ def test_edited_options_are_refused_by_name(folder, capsys, old, new):
         assert "options.json" in refused(capsys, main, word, folder)
 
 
-def other(part, change):
-    """A checkpoint of which a part is another -> function of its state."""
-    return lambda state: state | {part: change(state[part])}
-
-
 class Code:
     """A pickle that runs code when it is read."""
     def __reduce__(self):
         return exec, ("raise KeyboardInterrupt",)
 
 
-CHECKPOINTS = {
-    "a list": lambda state: [1, 2], "code": lambda state: Code(),
-    "a part alone": lambda state: {"step": 1}, "a step in words": other("step", str),
-    "a step below 0": other("step", lambda step: -1), "no weights": other("model", lambda model: None),
-    "weights in words": other("model", lambda model: {"wte.weight": "x"}),
-    "another shape": other("model", lambda model: model | {"wte.weight": torch.zeros(2, 2)}),
-    "a weight more": other("model", lambda model: model | {"wte.bias": torch.zeros(2)}),
-    "no moments": other("optimizer", lambda moments: 3), "a list of moments": other("optimizer", list),
-    "moments of another shape": other("optimizer", lambda moments: {
-        n: m | dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros(3)) for n, m in moments.items()}),
-    "other files": other("files", dict.fromkeys)}
+CHECKPOINTS = {     # state s -> another
+    "a list": lambda s: [1, 2], "code": lambda s: Code(), "a part alone": lambda s: {"step": 1},
+    "a step in words": lambda s: s | {"step": "4"}, "a step below 0": lambda s: s | {"step": -1},
+    "no weights": lambda s: s | {"model": None}, "words": lambda s: s | {"model": {"wte.weight": "x"}},
+    "another shape": lambda s: s | {"model": s["model"] | {"wte.weight": torch.zeros(2, 2)}},
+    "a weight more": lambda s: s | {"model": s["model"] | {"wte.bias": torch.zeros(2)}},
+    "no moments": lambda s: s | {"optimizer": 3}, "a list of moments": lambda s: s | {"optimizer": [1]},
+    "moments of another shape": lambda s: s | {"optimizer": {
+        n: m | dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros(3)) for n, m in s["optimizer"].items()}},
+    "other files": lambda s: s | {"files": {}}}
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

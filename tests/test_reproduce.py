@@ -61,6 +61,7 @@ def test_an_experiment_goes_on_point_by_point(main, pairs, tmp_path, monkeypatch
     assert "bench.json" in refused(capsys, main, "dat")
 
 
+@pytest.mark.slow
 def test_equal_flops_and_more_seeds_for_the_best(main, dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(reproduce.SIZES, "cpu", (3e8, str(dataset), 300, 32, 128, 8, "2x8 2x16 4x24 6x24"))
     monkeypatch.setattr(reproduce, "ARMS", {"dense": "--routed none", "mod": ""})

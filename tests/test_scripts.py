@@ -193,6 +193,7 @@ def test_resumed_runs_go_on_as_they_began(train, capsys):
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_compile_that_cannot_work_is_eager(train, monkeypatch):
     """A training that dies because there is no compiler."""
     monkeypatch.setenv("CXX", "/nowhere")
