@@ -138,8 +138,7 @@ def under_rule(model, batches, name, trained, context, exited_kv):
 
 
 def lens(model, batches, context):
-    """What each exit would say of the next token at full depth, how sure it is, and the blocks that a token
-    runs there -> arrays (W,T,...)."""
+    """Full depth: what each exit would say next, how sure it is, the blocks run -> arrays (W,T,...)."""
     parts = []
     for i, batch in enumerate(batches):
         torch.manual_seed(i)

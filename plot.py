@@ -78,8 +78,7 @@ def draw_loss(path):
 
 
 def piece_of(depth, options, tokens):
-    """The rows of all arrays for `tokens` tokens of one text, --window or where depth changes most, and the
-    number of its source tokens."""
+    """All arrays, for `tokens` tokens of one text: --window, or the one where depth changes most."""
     part = slice(options.first, options.first + tokens)
     changes = np.diff(depth["blocks"][:, part]).astype(bool).sum(1)
     window = changes.argmax() if options.window is None else options.window

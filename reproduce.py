@@ -23,7 +23,7 @@ import tyro
 
 import cost
 import run
-from data.common import UserError, command, is_prepared, write_file
+from data.common import UserError, command, is_prepared, reading, write_file
 from model import GPTConfig
 from options import kind_of, parse, read_options
 
@@ -353,16 +353,18 @@ def main(argv=None):
     o = parse(argv, Options)
     results = o.out / f"{o.name}-{o.scale}"
     while True:
-        done = {run.read_json(p, "point"): run.read_json(p) for p in sorted(results.glob("*.json"))}
-        points = {p.name: p for p in EXPERIMENTS[o.name][0](o.scale, done)}
-        found = {name: done[name] for name in [*points, *done] if name in done}      # of older versions last
+        with reading(results / "*.json"):
+            done = {run.read_json(p, "point"): run.read_json(p) for p in sorted(results.glob("*.json"))}
+            points = {p.name: p for p in EXPERIMENTS[o.name][0](o.scale, done)}
+            found = {name: done[name] for name in [*points, *done] if name in done}  # of older versions last
         wanted = o.points or points
         if not set(wanted) <= set(points):
             raise UserError(f"--points {' '.join(wanted)}: there are {', '.join(points)}")
         missing = [name for name in wanted if name not in found]
         print(f"\n{o.name} at scale {o.scale}: {len(wanted)} points, {len(missing)} to do", flush=True)
         if found:
-            draw(o.name, results, found)
+            with reading(results / "*.json"):
+                draw(o.name, results, found)
         if not missing:
             return
         measure(points[missing[0]], results, o)
