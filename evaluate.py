@@ -299,7 +299,7 @@ def main(argv=None):
         result["translated"][split] = merged(result["translated"].get(split, []), rows)
         write_file(path, json.dumps(result, indent=1) + "\n")
     write_file(path, json.dumps(result, indent=1) + "\n")
-    print(f"wrote {path} and {folder}/depth.npz")
+    print(f"wrote {path}, and {folder}/depth.npz under the rule {named}: --rule chooses it")
 
 
 if __name__ == "__main__":

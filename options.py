@@ -229,4 +229,5 @@ def rule_name(o, trained):
 def kind_of(rule):
     """The line of a figure for a halting rule: full counts as fixed, several thresholds as searched."""
     kind, _, value = rule.partition(":")
-    return "searched thresholds" if "," in value else "fixed" if kind == "full" else kind
+    several = kind == "confidence" and "," in value
+    return "searched thresholds" if several else "fixed" if kind == "full" else kind

@@ -163,13 +163,13 @@ def draw_when(path):
     shares.set(xlabel="block", ylabel="share of all tokens", xticks=range(1, L + 1))
     shares.legend(ncols=2, loc="lower left", bbox_to_anchor=(-0.02, 0.98))
     mean_of = f"blocks run (mean, of {L})"
-    for ax, key, name in ((by_loss, "loss", "-log p(next), nats"), (by_entropy, "entropy", "of p, nats"),
-                          (by_count, "count", "log10 of the token's count here")):
+    for ax, key, name in ((by_loss, "loss", "-log p(next), nats"), (by_entropy, "entropy", "entropy, nats"),
+                          (by_count, "count", "log10 of the token's count in all windows")):
         x = tokens[key]
         deciles = [i for i in np.array_split(np.argsort(x, kind="stable"), 10) if len(i)]
         ax.plot([x[i].mean() for i in deciles], [blocks[i].mean() for i in deciles], "o-", color=BLUE)
         ax.set(title=f"blocks run against {key} (correlation {np.corrcoef(x, blocks)[0, 1]:.2f})",
-               xlabel=f"{name} (means of deciles)", ylabel=mean_of, ylim=(0, None))
+               xlabel=f"{name} (means of deciles)", ylabel=mean_of, ylim=(0, L + 0.2))
     kinds = {kind: tokens["kind"] == kind for kind in np.unique(tokens["kind"])}
     names = sorted(kinds, key=lambda kind: blocks[kinds[kind]].mean())
     for ax, counted, said in zip(by_kind, (blocks, tokens["exit_at"]), ("blocks run", "exit"), strict=True):
