@@ -42,9 +42,8 @@ class LayerCache:
         B, T = pos.shape        # here with the P pending ones
         if self.kv is None:
             self.kv = k.new_zeros(2, *k.shape[:2], 0, k.size(-1))
-        size = self.kv.size(3)
-        if (missing := max(self.used) + T - size) > 0:      # grow by doubling, which copies the buffers
-            more = max(missing, size, 64)
+        if (missing := max(self.used) + T - self.kv.size(3)) > 0:   # grow by doubling: copies the buffers
+            more = max(missing, self.kv.size(3), 64)
             self.kv = F.pad(self.kv, (0, 0, 0, more))
             self.pos = F.pad(self.pos, (0, more), value=NO_POSITION)
         if min(self.used) == max(self.used):            # a slice is faster than indices

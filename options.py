@@ -160,7 +160,7 @@ def as_dict(o):
 
 def as_arguments(table):
     """A flat mapping of options -> the command line that says the same."""
-    return [word for name, value in table.items() for word in (f"--{name}", str(value))]
+    return [f"--{name}={value}" for name, value in table.items()]
 
 
 def parse(argv, kind=Options):

@@ -1,6 +1,7 @@
 """Draw a run from its files alone: python plot.py --run 3
 
 Each function draw_X makes figures/X.png in the run's folder; main removes it if the files do not suffice."""
+import io
 from dataclasses import dataclass
 
 import matplotlib
@@ -251,11 +252,14 @@ def main(argv=None):
     folder = run.find(options.run, options.out)
     files = {draw_loss: "metrics.jsonl", draw_frontier: "evaluation.json", draw_text: "sample.json",
              **dict.fromkeys((draw_map, draw_lens, draw_depth, draw_when, draw_router), "depth.npz")}
-    figures = []
+    figures = {}
     for draw, file in files.items():
-        path, more = folder / file, [options] if draw in (draw_map, draw_lens) else []
+        path, more, image = folder / file, [options] if draw in (draw_map, draw_lens) else [], io.BytesIO()
         with reading(path):
-            figures.append((draw(path, *more) if path.exists() else None, file, draw.__name__[5:]))
+            if fig := draw(path, *more) if path.exists() else None:
+                fig.savefig(image)
+        figures[f"{draw.__name__[5:]}.png"] = file, image.getvalue()
+    plt.close("all")
     if options.html:
         path = folder / "depth.npz"
         with reading(path):
@@ -265,15 +269,12 @@ def main(argv=None):
         write_file(folder / "page.html", page)
         print(f"wrote {folder}/page.html: open it in a browser")
     (folder / "figures").mkdir(exist_ok=True)
-    for fig, file, name in figures:
-        picture = folder / "figures" / f"{name}.png"
+    for name, (file, image) in figures.items():
+        picture = folder / "figures" / name
         picture.unlink(missing_ok=True)
-        if fig is None:
-            print(f"left out {picture}: no {file}, or too little in it")
-        else:
-            fig.savefig(picture)
-            plt.close(fig)
-            print(f"wrote {picture}")
+        if image:
+            picture.write_bytes(image)
+        print(f"wrote {picture}" if image else f"left out {picture}: no {file}, or too little in it")
 
 
 if __name__ == "__main__":

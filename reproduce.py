@@ -349,7 +349,6 @@ def measure(point, results, o):
 
 @command
 def main(argv=None):
-    """Draw what is done, run the next point, until none is missing."""
     o = parse(argv, Options)
     results = o.out / f"{o.name}-{o.scale}"
     while True:

@@ -96,6 +96,8 @@ def start_metrics(folder, step):
     """Cut metrics.jsonl back to what came before `step`; the evaluation at `step` itself is done again."""
     path = Path(folder) / "metrics.jsonl"
     kept = [m for m in read_metrics(folder) if m["step"] < step + (m["kind"] == "train")] if step else []
+    if step and load(folder, "cpu")["step"] != step:        # read before the lock was taken
+        raise UserError(f"{folder} was trained by another process meanwhile: give the command again")
     with reading(path):
         if [m["step"] for m in kept if m["kind"] == "train"] != list(range(1, step + 1)):
             raise ValueError(f"steps up to {step} are missing")
@@ -115,10 +117,11 @@ def numbered(out):
 
 def new_folder(out):
     """Make and return the folder after the last number; another one if another run begins just now."""
+    Path(out).mkdir(parents=True, exist_ok=True)
     while True:
         folder = Path(out) / f"{max(numbered(out), default=0) + 1:03d}"
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 
@@ -127,7 +130,7 @@ def find(run, out="runs"):
     known = {n: p for n, p in numbered(out).items() if (p / "options.json").is_file()}
     if (Path(run) / "options.json").is_file():
         return Path(run)
-    number = max(known, default=0) if run == "last" else int(run) if str(run).isdigit() else -1
+    number = max(known, default=0) if run == "last" else int(run) if str(run).isdecimal() else -1
     if number in known:
         return known[number]
     has = f"has {min(known)} to {max(known)}" if known else "has none yet"

@@ -78,10 +78,6 @@ def paint(tokens, L):
     return "".join(painted)
 
 
-def plain(tokens):
-    return "".join(text for text, *_ in tokens).removesuffix(END)
-
-
 @command
 def main(argv=None):
     o = parse(argv, Options)
@@ -111,8 +107,9 @@ def main(argv=None):
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ if o.color == "auto" else o.color == "always"
     texts = [tokens_of(row, encoding, line) for row, line in zip(rows, lines, strict=True)]
     L = trained.model.n_layer
-    for tokens in texts:
-        print(paint(tokens, L) if color else plain(tokens))
+    plain = ["".join(text for text, *_ in tokens).removesuffix(END) for tokens in texts]
+    for tokens, text in zip(texts, plain, strict=True):
+        print(paint(tokens, L) if color else text)
         print("-" * 60)
     if color:
         print("blocks run to write a token:", paint([[f" {n} ", n, n] for n in range(1, L + 1)], L))
@@ -120,7 +117,7 @@ def main(argv=None):
     exit_at, blocks = np.mean(written, 0)
     print(f"{folder}, {name}: {len(written)} tokens, exit after block {exit_at:.2f} of {L} on average, "
           f"{blocks:.2f} blocks run")
-    write_file(folder / "sample.txt", f"\n{'-' * 60}\n".join(map(plain, texts)) + "\n")
+    write_file(folder / "sample.txt", f"\n{'-' * 60}\n".join(plain) + "\n")
     write_file(folder / "sample.json", json.dumps({"n_layer": L, "texts": texts}) + "\n")
     print(f"wrote {folder}/sample.txt and {folder}/sample.json (string, exit and blocks of each token)")
 

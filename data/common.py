@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.request
 from collections import Counter
@@ -33,8 +34,6 @@ HERE = Path(__file__).resolve().parent
 EOT = "<|endoftext|>"       # the one special token, id V-1
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 ARCHIVE_LIMIT = 2 << 30     # bytes taken from one archive: a small one can unpack to more than the memory
-SAVE_MEMORY = "in training double --grad_accum_steps, or halve --batch_size, --batch_tokens, --block_size; " \
-    "elsewhere halve --samples or --batch_size"
 
 # Text is cut into these pieces before BPE, and no token crosses a cut. Every character matches one of them,
 # so nothing is lost; without look-ahead the time to match is linear on any input.
@@ -68,7 +67,8 @@ def command(main):
         except (MemoryError, RuntimeError) as error:    # of a CPU torch says it in words only
             if isinstance(error, RuntimeError) and not re.search("(of|ate|enough) memory", str(error)):
                 raise
-            raise SystemExit(f"error: out of memory, {SAVE_MEMORY} ({str(error):.200})") from None
+            raise SystemExit("error: out of memory, double --grad_accum_steps or halve --batch_size, "
+                             f"--batch_tokens, --block_size or --samples ({str(error):.200})") from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 
@@ -286,8 +286,8 @@ def split_by_document(named_texts, val_share=0.05):
 def write_set(out, splits, vocab_size, *, prefix="", **meta):
     """Train a tokenizer on splits["train"] and write the prepared set into the folder out.
     splits: {split: list of texts, or of pairs of texts}; prefix + text is encoded. Examples of train that
-    another split has too are dropped. meta: name, source and other entries of meta.json, which is removed
-    first and written last, so out never holds half a set. OSError when out cannot be written."""
+    another split has too are dropped. meta: name, source and other entries of meta.json, which has the
+    digests of the others, so that half a set is noticed. OSError when out cannot be written."""
     start, out, unit = time.perf_counter(), Path(out), "pairs" if "languages" in meta else "documents"
     print(f"{meta['name']}: {meta['source']}, vocabulary {vocab_size}")
     held_out = {example for split in splits if split != "train" for example in splits[split]}
@@ -307,12 +307,14 @@ def write_set(out, splits, vocab_size, *, prefix="", **meta):
         print(f"{split:>{max(map(len, splits)) + 1}}: {len(examples):,} {unit}, {size:,} bytes, "
               f"{len(ids):,} tokens, {size / len(ids):.2f} bytes per token")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)
-    for split, ids in files.items():
-        write_file(out / f"{split}.bin", ids.tobytes())
-    save_tokenizer(out / "tokenizer.json", encoding)
-    meta["sha256"] = digests(out, ["tokenizer.json", *(f"{split}.bin" for split in files)])
-    write_file(out / "meta.json", (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode())
+    with tempfile.TemporaryDirectory(dir=out) as new:       # all new files, or the old set
+        for split, ids in files.items():
+            write_file(Path(new, f"{split}.bin"), ids.tobytes())
+        save_tokenizer(Path(new, "tokenizer.json"), encoding)
+        meta["sha256"] = digests(new, names := sorted(os.listdir(new)))
+        write_file(Path(new, "meta.json"), json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+        for name in [*names, "meta.json"]:
+            os.replace(Path(new, name), out / name)
     out = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
     print(f"wrote {out} in {time.perf_counter() - start:.1f} s")
 
@@ -334,6 +336,7 @@ def load_splits(folder, kind):
             expected = {name: meta["sha256"][name] for name in ("tokenizer.json", *files.values())}
             unchanged(folder, expected)
             encoding = load_tokenizer(folder / "tokenizer.json")
+            a, b = languages or "ab"
             if meta["vocab_size"] != encoding.n_vocab or not {"train", "val"} <= files.keys():
                 raise ValueError("another vocabulary, or no train and val")
         for split, name in files.items():
@@ -345,7 +348,6 @@ def load_splits(folder, kind):
         usage = doc[doc.index("python data/"):].partition("\n")[0] + ("" if own else f" --out {folder}")
         raise UserError(f"the data set {folder} is {problem} ({error}): run {usage}") from None
     if languages and kind == "text":
-        a, b = languages
         raise UserError(f"{folder} holds sentence pairs: say what to --translate, {a}-{b} or {b}-{a}")
     if kind == "pairs" and not languages:
         raise UserError(f"{folder} is a text, there is nothing to --translate; use a set of sentence pairs")

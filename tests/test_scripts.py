@@ -145,8 +145,7 @@ SAMPLING = {
     "rules are full, fixed,": "--rule sometimes",
     "must be from": "--max_new_tokens 0; --seed -1; --temperature -1; --temperature nan; --samples 5000; "
         "--top_k -1; --seed 99999999999999999999", "cannot read the prompt": "--prompt=\udce9",
-    "has 1 to 1": "--run 7", "has none yet": "--out nothing --run last",
-    "--beam would do nothing": "--beam 2"}
+    "has 1 to 1": "--run 7; --run ²", "has none yet": "--out nothing --run last", "--beam would": "--beam 2"}
 
 
 @pytest.mark.parametrize("main, words, said", [
