@@ -145,7 +145,7 @@ def test_other_words_about_a_set_are_refused(dataset, tmp_path, change):
 
 @pytest.mark.parametrize("fail_at", [1, 5, 7, 9])
 def test_writing_is_whole_or_not_at_all(dataset, tmp_path, monkeypatch, fail_at):
-    """Fault: an old set lost to a full disk; half a set that passes for a whole one; files without content."""
+    """Fault: an old set lost to a full disk; half a set that passes for a whole; files without content."""
     folder = shutil.copytree(dataset, tmp_path / "set")
     old = {path.name: path.read_bytes() for path in folder.iterdir()}
     synced, named, sync, replace = [], [], os.fsync, os.replace

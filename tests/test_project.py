@@ -138,7 +138,7 @@ def test_the_diffs_to_make_it_yours_apply_and_run(finished, dataset, tmp_path):
 
     train = ["train.py", "--data", dataset, "--out", "runs", *TINY, "--stop_at", "2"]
     sample = ["sample.py", "--max_new_tokens", "9"]
-    [rule], [route], [data] = (re.findall(pattern, section) for pattern in (
+    [rule], [route], [data] = ({*re.findall(pattern, section)} for pattern in (
         r"--rule (\S+)`", r"--route (\S+)`", r"\+\+\+ b/data/(\w+)/"))
     shutil.copytree(finished, folder / "runs" / "001")
     assert f"{rule}: 9 tokens" in python(*sample, "--rule", rule)

@@ -186,6 +186,7 @@ def test_resumed_runs_go_on_as_they_began(train, capsys):
     folder = train("--stop_at", 2)
     resumed = options.read_options(["--resume", str(folder)], run.stored_options)
     assert resumed.device == "cpu" and resumed.stop_at == 0 and resumed.steps == 8
+    pytest.raises(ValueError, run.start_metrics, folder, 1)         # another process has reached step 2
     assert "--lr cannot be changed" in refused(capsys, script.main, "--resume", folder, "--lr", "1")
     before = (folder / "metrics.jsonl").read_bytes()
     assert "is at step 2" in refused(capsys, script.main, "--resume", folder, "--stop_at", 1)

@@ -73,9 +73,7 @@ def test_a_step_is_clipped_and_finite_or_not_taken(train, tmp_path, monkeypatch,
         return step(self, *a)
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     monkeypatch.setitem(script.OBJECTIVES, "aligned", broken)
-    with pytest.raises(SystemExit) as end:
-        train("--grad_clip", 0.01)
-    said = end.value.code       # printed, with exit status 1
+    said = pytest.raises(SystemExit, train, "--grad_clip", 0.01).value.code     # printed, with exit status 1
     assert "step 6" in said and "step 4" in said and "--lr" in said and len(norms) == 6
     assert max(norms) <= 0.0101 < min(m["norm"] for m in lines(tmp_path / "runs" / "001", "train"))
 
