@@ -9,8 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY
 
-CODE = [p for p in sorted(ROOT.rglob("*.py"))
-        if not {"tests", "runs", "lessons", ".venv", "venv"} & set(p.relative_to(ROOT).parts)]
+CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")])     # not an environment that lies here
 COUNTED = [p for p in CODE if p.name != "page.py"]      # lessons and the page have limits of their own
 DATA = sorted(ROOT.glob("data/**/*.py"))
 README = (ROOT / "README.md").read_text("utf-8")
