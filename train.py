@@ -178,11 +178,11 @@ def main(argv=None):
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{'about ' if o.translate else ''}{training.step(o.seed, start).count:,} tokens a step, "
           f"{device.type}", flush=True)
-    bar = tqdm(range(start, end + 1), initial=start, total=o.steps, unit="step",
-               mininterval=0.2 if sys.stderr.isatty() else 15)      # seconds; a log file needs few bars
     saved = start
     with run.locked(folder), run.interrupts() as stop:
         run.start_metrics(folder, start)
+        bar = tqdm(range(start, end + 1), initial=start, total=o.steps, unit="step",
+                   mininterval=0.2 if sys.stderr.isatty() else 15)  # seconds; a log file needs few bars
         for t in bar:
             if t % o.eval_every == 0 or t == o.steps:
                 result = evaluate_loss(model, batches, context, stop, o.route)
