@@ -69,7 +69,7 @@ def test_a_random_configuration_works_or_is_refused(dataset, pairs, tmp_path, se
     written something. Exit status 1 is a loss or a gradient that is not finite, and says so."""
     assert SPACE.keys() | ELSEWHERE == as_dict(Options()).keys()
     draw, out, again = random.Random(seed), tmp_path / "whole", tmp_path / "part"
-    given = {"n_layer": 4, "n_head": 2, "n_embd": 16, "block_size": 32, "data": dataset, "warmup": 1}
+    given = {"n_layer": 4, "n_head": 2, "n_embd": 16, "block_size": 32, "data": dataset, "eval_windows": 2}
     if draw.random() < 0.4:
         given |= {"data": pairs, "translate": "aa-bb", "enc_head": 2, "enc_embd": 16}
     given |= {name: draw.choice(SPACE[name]) for name in draw.sample(sorted(SPACE), draw.randint(1, 4))}
