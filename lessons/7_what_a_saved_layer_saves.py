@@ -56,7 +56,7 @@ for _, model, rule in methods:
     layers.append(np.mean([x.visited for x in texts]))
     flops.append([sum(x[part] for x in counts) for part in parts])
 flops = np.array(flops) / sum(flops[0])
-seconds = np.zeros((3, len(methods), 2))    # methods in turns, one text at a time and a batch
+seconds = np.zeros((2, len(methods), 2))    # methods in turns, one text at a time and a batch
 for turn, i, j in np.ndindex(seconds.shape):
     (_, model, rule), began = methods[i], time.perf_counter()
     for some in [prompts] if j else [[prompt] for prompt in prompts]:

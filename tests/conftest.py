@@ -1,6 +1,7 @@
 """Tiny real models and a tiny trained run for all tests. No network: a connection is an error."""
 import importlib
 import json
+import os
 import random
 import shutil
 import socket
@@ -9,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"      # before torch: the tests run on all cores already
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,7 +26,6 @@ from exits import full_depth  # noqa: E402
 from model import GPT, Attention, GPTConfig, Seq2Seq, Seq2SeqConfig, position_ids  # noqa: E402
 from routing import NO_POSITION, causal  # noqa: E402
 
-torch.set_num_threads(1)
 V = 23
 FOUR = SimpleNamespace(config=GPTConfig(n_layer=4))     # all that most halting rules want to know of a model
 
@@ -164,16 +166,20 @@ def train(dataset, tmp_path):
     return go
 
 
+def finished_run(data, out, words):
+    """Train, evaluate, sample and draw as train.py does, but all in this process -> the folder."""
+    mains = [importlib.import_module(name).main for name in ("evaluate", "sample", "plot")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "finish", lambda folder, o: [main(["--run", str(folder)]) for main in mains])
+        script.main(["--data", str(data), "--out", str(out), *TINY, *words.split()])
+    return out / "001"
+
+
 @pytest.fixture(scope="session")
 def finished(dataset, tmp_path_factory):
     """The folder of one finished tiny run (do not change it)."""
-    out = tmp_path_factory.mktemp("runs")
-    words = "--steps 60 --lr 0.01 --eval_every 20 --rule confidence:0.5".split()
-    mains = [importlib.import_module(name).main for name in ("evaluate", "sample", "plot")]
-    with pytest.MonkeyPatch.context() as patch:         # as train.finish does, but in this process
-        patch.setattr(script, "finish", lambda folder, o: [main(["--run", str(folder)]) for main in mains])
-        script.main(["--data", str(dataset), "--out", str(out), *TINY, *words])
-    return out / "001"
+    words = "--steps 60 --lr 0.01 --eval_every 20 --rule confidence:0.5"
+    return finished_run(dataset, tmp_path_factory.mktemp("runs"), words)
 
 
 @pytest.fixture

@@ -270,7 +270,8 @@ OURS = ["blocks.0.mlp", "blocks.0.cross", "blocks.1.block.attn.qkv", "blocks.2.a
 ALL = [*OURS, "blocks.1.router", "blocks.1.predictor.1", "classifiers.norms.4"]     # torch's: not compiled
 
 
-@pytest.mark.parametrize("how, parts", [("hook", ALL), ("forward", ALL), ("compiler", OURS)])
+@pytest.mark.parametrize("how, parts", [("hook", ALL), ("forward", ALL),
+                                        pytest.param("compiler", OURS, marks=pytest.mark.slow)])
 def test_modules_are_called_as_modules(how, parts):
     """A call that goes around hooks, a forward of the user's own, another activation or the compiler, in
     decoding or training; an output that is overwritten in place afterwards."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
-from conftest import TINY, texts, tiny, with_other_words
+from conftest import TINY, finished_run, texts, tiny, with_other_words
 from test_exits import agree
 from test_scripts import no_figures, refused  # noqa: F401
 from test_train import equal, val_lines, weights
@@ -23,7 +23,7 @@ from data import parallel
 from data.batches import Batch, batches_of, open_data
 from model import position_ids
 
-SMALL = [*TINY, *"--translate aa-bb --enc_layer 1 --enc_head 2 --enc_embd 16 --routed none".split()]
+PAIRS = "--translate aa-bb --enc_layer 1 --enc_head 2 --enc_embd 16 --routed none"
 
 
 def evaluation(folder, words):
@@ -33,7 +33,7 @@ def evaluation(folder, words):
 
 
 def trained(pairs, out, words):
-    script.main(["--data", str(pairs), "--out", str(out), *SMALL, "--batch_tokens", "128", *words.split()])
+    script.main([*TINY, *f"{PAIRS} --batch_tokens 128 --data {pairs} --out {out} {words}".split()])
     return max(out.iterdir())
 
 
@@ -46,9 +46,9 @@ def mflops(S, T, C=32):
 @pytest.fixture(scope="session")
 def translator(pairs, tmp_path_factory):
     """A finished run that has learned the eight words (do not change it)."""
-    return trained(pairs, tmp_path_factory.mktemp("translators"),
-                   "--n_embd 32 --enc_embd 32 --steps 220 --lr 0.01 --warmup 20 --eval_every 110 "
-                   "--save_every 110 --batch_tokens 256 --rule confidence:0.5 --label_smoothing 0.05")
+    words = ("--n_embd 32 --enc_embd 32 --steps 220 --lr 0.01 --warmup 20 --eval_every 110 --save_every 110 "
+             "--batch_tokens 256 --rule confidence:0.5 --label_smoothing 0.05")
+    return finished_run(pairs, tmp_path_factory.mktemp("translators"), f"{PAIRS} {words}")
 
 
 @pytest.fixture

@@ -101,8 +101,8 @@ def test_training_flops_are_those_that_run(options):
     assert 3 * cost.training(model.config, V, 32) == pytest.approx(counted.flops, rel=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"causal_logit": "router"}, {"router": "random"},
-                                     {"experts": 3, "noops": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in (
+    {"causal_logit": "router"}, {"router": "random"}, {"experts": 3, "noops": 1}))], ids=str)
 def test_the_training_path_is_one_graph(options):
     """A shape or a branch that depends on the data: the host would wait for the device."""
     def loss(x):

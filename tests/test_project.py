@@ -1,7 +1,7 @@
 """The repository itself: style, size, which module may import which, and that the README is true."""
 import ast
-import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,23 +128,17 @@ def test_the_diffs_to_make_it_yours_apply_and_run(finished, dataset, tmp_path):
     [diff] = re.findall(r"^```diff\n(.*?)^```", page, re.M | re.S)
     subprocess.run(["git", "apply", "--check", "-"], cwd=folder, input=diff.encode("utf-8"), check=True)
 
-    def python(*words):
-        """Run the Python of the changed copy -> what it printed."""
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
-
-    train = ["train.py", "--data", dataset, "--out", "runs", *TINY, "--stop_at", "2"]
-    sample = ["sample.py", "--max_new_tokens", "9"]
     [rule], [route], [data] = ({*re.findall(pattern, section)} for pattern in (
         r"--rule (\S+)`", r"--route (\S+)`", r"\+\+\+ b/data/(\w+)/"))
     shutil.copytree(finished, folder / "runs" / "001")
-    assert f"{rule}: 9 tokens" in python(*sample, "--rule", rule)
-    assert f"| {rule} |" in python("evaluate.py", "--rules", rule)
-    assert f"{route} loss by exit" in python(*train, "--route", route)
-    python(*train, "--data", data)
-    assert "40=" in python(*sample, "--prompt", "30+40=")
+    train = f"train --out runs {shlex.join(TINY)} --stop_at 2 --data"
+    commands = [f"sample --max_new_tokens 9 --rule {rule}", f"evaluate --rules {rule}",
+                f"{train} {dataset} --route {route}", f"{train} {data}",
+                "sample --max_new_tokens 9 --prompt 30+40="]
+    code = "import sys, shlex; [__import__(n).main(w) for n, *w in map(shlex.split, sys.argv[1:])]"
+    done = subprocess.run([sys.executable, "-c", code, *commands], cwd=folder, capture_output=True, text=True)
+    for said in f"{rule}: 9 tokens", f"| {rule} |", f"{route} loss by exit", "40=":
+        assert said in done.stdout, done.stderr
 
 
 def test_the_tests_that_the_table_of_the_papers_names():

@@ -182,7 +182,7 @@ def test_a_checkpoint_of_other_content_is_refused(folder, capsys, name):
 def start(*words):
     """train.py in a process of its own."""
     return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, words)], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.PIPE, text=True)
 
 
 def trains(process, lock):
@@ -270,8 +270,7 @@ def test_the_change_for_several_processes(train, dataset, tmp_path, monkeypatch,
 
     def torchrun(*more):
         command = [sys.executable, *"-m torch.distributed.run --nproc_per_node 2 train.py".split()]
-        subprocess.run([*command, *map(str, more)], cwd=code, capture_output=True, check=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run([*command, *map(str, more)], cwd=code, capture_output=True, check=True)
     new = ["--data", dataset, "--out", folder.parent, *TINY, *words, "--stop_at", 3]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "trained by one process" in refused(capsys, script.main, *new) and not folder.parent.exists()
