@@ -91,12 +91,12 @@ def dat_rows(found):
     return rows
 
 
-ARMS = {        # name -> arguments of train.py [MoD 3.2, 4.1]; half: without the blocks that MoD routes
-    "dense": "--routed none", "half": "--routed none --n_layer {half}", "mod": "", "mod-50": "--capacity 0.5",
-    "mod-every": "--routed all", "random": "--router random"}
+ARMS = {        # name -> arguments of train.py [MoD 3.2, 4.1]; above: in the upper half of the blocks alone
+    "dense": "--routed none", "mod": "", "random": "--router random", "mod-25": "--capacity 0.25",
+    "mod-50": "--capacity 0.5", "mod-above": "--routed {above}"}
 SIZES = {   # scale -> FLOPs paid, data, vocabulary, block_size, tokens a step, head size, blocks x width;
     # larger budgets would read the default text too often: give your own with --source
-    "cpu": (3e13, "pysource-1024", 1024, 256, 4096, 32, "4x32 4x64 4x96 6x128 8x160 10x192"),
+    "cpu": (3e13, "pysource-1024", 1024, 256, 4096, 32, "8x64 4x64 6x64 12x48 8x48 6x80 4x96 8x80"),
     "gpu": (1e16, "text-1024", 1024, 1024, 65536, 64, "4x192 6x256 8x384 10x512 12x640 14x768"),
     "paper": (6e18, "text-32768", 32768, 2048, 262144, 64, "6x256 8x384 10x512 12x768 16x1024 20x1280")}
 
@@ -105,13 +105,14 @@ def isoflop_points(scale, found):
     """Every arm in sizes around its best, each for equal FLOPs, as many steps as those pay for. One
     learning rate for all, 0.3 / width, tuned for no arm. Two more seeds for the best size of each arm."""
     budget, data, vocab, T, tokens, hs, shapes = SIZES[scale]
-    points, seeds, done, sizes = [], [], {r["model"]: r for r in mod_rows(found)}, shapes.split()
+    points, seeds, done = [], [], {r["model"]: r for r in mod_rows(found)}
     for arm, more in ARMS.items():
         mine = []
-        for size in {"dense": sizes[:-1], "mod-every": sizes[2:]}.get(arm, sizes[1:-1]):
+        for size in shapes.split():
             L, C = map(int, size.split("x"))
+            above = ",".join(map(str, range(L // 2 | 1, L, 2)))
             train = f"--data {data} --exits last --n_layer {L} --n_head {C // hs} --n_embd {C} " \
-                f"--block_size {T} --batch_size {tokens // T} --lr {0.3 / C:.6f} {more.format(half=L // 2)}"
+                f"--block_size {T} --batch_size {tokens // T} --lr {0.3 / C:.6f} {more.format(above=above)}"
             model = read_options(train.split(), run.stored_options).model
             steps = round(budget / (cost.training(model, vocab, T) * tokens / T))
             train += f" --steps {steps} --warmup {max(1, steps // 20)} --eval_every {steps} " \
