@@ -1,18 +1,16 @@
 """Reproduce a result, point by point: python reproduce.py dat --scale cpu --source DIR
 
-A point is one training run and its evaluation. results/NAME-SCALE/ gets POINT.json (numbers, options,
-command, commit, hardware), translations, table.md and figure.png, drawn from the JSON files alone. A point
-that has its JSON is not run again, an interrupted one goes on from its checkpoint: give the same command.
-
-    dat             exits of one model, smaller models, learned exits, copied states [DAT 2, 3; table 1]
-    mod-isoflop     arms in several sizes for equal training FLOPs, seeds for the best [MoD 4.1, figure 3]
-    mod-sampling    what decides when top-k cannot, and how well; after mod-isoflop [MoD 3.5, 4.2]
+A point is one training run and its evaluation; experiments.toml has the points of every experiment.
+results/NAME-SCALE/ gets POINT.json (numbers, options, command, commit, hardware), translations, table.md and
+figure.png, drawn from the JSON files alone. A point that has its JSON is not run again, an interrupted one
+goes on from its checkpoint: give the same command.
 """
 import itertools
 import json
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,6 +25,8 @@ from data.common import UserError, command, is_prepared, reading, write_file
 from model import GPTConfig
 from options import kind_of, parse, read_options
 
+EXPERIMENTS = tomllib.loads((run.HERE / "experiments.toml").read_text("utf-8"))
+SCALES = EXPERIMENTS.pop("scales")
 plt.switch_backend("Agg")
 plt.rcParams.update({"axes.grid": True, "grid.color": "#e6e6e6", "legend.frameon": False})
 COLORS = plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2]        # strong, then light
@@ -40,41 +40,51 @@ class Point(NamedTuple):
     start: str = ""
 
 
-TRANSLATORS = {     # scale -> arguments of train.py
-    "cpu": "multi30k --translate en-de",
-    "gpu": "multi30k --translate en-de --n_embd 256 --enc_embd 512 --embeddings separate --d_ff 1024 "
-           "--enc_layer 6 --dropout 0.3 --batch_tokens 8192 --steps 6000 --warmup 1000",
-    "paper": "iwslt14 --translate de-en"}
-FIXED = "fixed:1 fixed:2 fixed:3 fixed:4 fixed:5"
-CONFIDENCE = "confidence:0.3 confidence:0.5 confidence:0.7 confidence:0.9"
-THRESHOLDS = "learned:0.3 learned:0.5 learned:0.7 learned:0.8 learned:0.9 learned:0.95"
-ORACLES = "oracle:correctness:0.1 oracle:likelihood:0.02 oracle:likelihood:0.1 oracle:likelihood:0.3"
-# predictor-oracle[-exit_cost]; "into": trained with the trunk, which otherwise stays as it is
-LEARNED = """geometric-correctness geometric-likelihood geometric-likelihood-0.02 geometric-likelihood-0.3
-    geometric-correctness-into geometric-likelihood-into binary-correctness binary-likelihood
-    token-correctness token-likelihood sequence-likelihood-1.0"""
+def filled(text, words):
+    """Replace {word} by words until none is left."""
+    while "{" in text:
+        text = text.format(**words)
+    return text
 
 
-def dat_points(scale, found):
-    """Thresholds are operating points of one model; vectors of them are searched on the validation set."""
-    train, bleu = TRANSLATORS[scale], f"--bleu {'test' if scale == 'paper' else 'test_2016_flickr'} --rules"
-    points = [Point("aligned", train, f"--search 10000 {bleu} {FIXED} full random {ORACLES} {CONFIDENCE}"),
-              Point("2-blocks", f"{train} --exits last --n_layer 2", f"{bleu} full"),
-              Point("6-blocks", f"{train} --exits last", f"{bleu} full"),
-              Point("mixed", f"{train} --objective mixed", f"{bleu} {FIXED} full random")]
-    second = "--steps 300 --warmup 20 --batch_tokens 4096 --eval_every 300 --save_every 300"
-    frozen, into = f"{second} --objective exit_predictor --lr 1e-2", f"{train} {second} --lr 5e-4"
-    for name in LEARNED.split():
-        kind, oracle, *rest = name.split("-")
-        stage = into if "into" in rest else frozen
-        exit_cost = "".join(f" --exit_cost={value}" for value in rest if value != "into")
-        rules = THRESHOLDS if kind in ("geometric", "binary") else "learned"
-        points.append(Point(name, f"{stage} --exit_predictor {kind} --oracle {oracle}{exit_cost}",
-                            f"{bleu} {rules}", "aligned"))
-    return [*points, Point("computed", "", f"--exited_kv compute {bleu} {CONFIDENCE}", "aligned")]
+def sized(train, shape, words):
+    """Arguments of train.py for a shape, depth x width as in "8x64", and for as many steps as the scale's
+    FLOPs pay for. The learning rate is 0.3 / width, tuned for no arm."""
+    L, C = map(int, shape.split("x"))
+    above = ",".join(map(str, range(L // 2 | 1, L, 2)))
+    train = filled(f"{words['text']} --exits last --n_layer {L} --n_head {max(1, C // words['head_size'])} "
+                   f"--n_embd {C} --lr {0.3 / C:.6f} {train}", words | {"above": above})
+    o = read_options(train.split(), run.stored_options)
+    a_step = cost.training(o.model, words["vocab_size"], o.model.block_size) * o.batch_size
+    steps = round(words["flops"] / a_step)
+    return f"{train} --steps {steps} --warmup {max(1, steps // 20)} --eval_every {steps} " \
+        f"--save_every {max(1, steps // 5)} --eval_windows 256"
 
 
-def dat_rows(found):
+def points_of(name, scale, found):
+    """The points of an experiment. found: {point: its JSON} so far; the best shape in it gets more seeds."""
+    table, points, seeds = EXPERIMENTS[name], [], []
+    words = {"scale": scale} | table | SCALES[scale]
+    for entry in table["points"]:
+        shapes = filled(entry.get("shapes", ""), words).split()
+        evaluate, start = (filled(entry.get(key, ""), words) for key in ("evaluate", "start"))
+        mine = [Point(f"{entry['name']}-{shape}", sized(entry["train"], shape, words), evaluate, start)
+                for shape in shapes] or [Point(entry["name"], filled(entry["train"], words), evaluate, start)]
+        points += mine
+        if all(p.name in found for p in mine):
+            best = min(mine, key=lambda p: final_loss(found[p.name], "causal"))
+            seeds += [best._replace(name=f"{best.name}-seed{n}", train=f"{best.train} --seed {1000 + n}")
+                      for n in range(1, entry.get("seeds", 1))]
+    return points + seeds
+
+
+def final_loss(point, route):
+    """Held-out loss of the last exit at the end of training; "causal" of a model that has such a choice."""
+    loss = point["metrics"][-1]["loss"]
+    return loss.get(route, loss["top_k"])[-1]
+
+
+def translations(found):
     """{point: its JSON} -> rows by rule, on the one split translated; learned exits in panels below."""
     rows = []
     for name, point in found.items():
@@ -82,8 +92,8 @@ def dat_rows(found):
         [(split, translated)] = point["evaluation"]["translated"].items()
         for r in translated:
             kind, value = kind_of(r["rule"]), r["rule"].partition(":")[2]
-            line = name if kind in ("fixed", "learned") else f"{name}, {kind}"
-            rows.append({**r, "model": name, "split": split, "line": line, "again": False,
+            line = re.sub("-seed.*", "", name) + f", {kind}" * (kind not in ("fixed", "learned"))
+            rows.append({**r, "model": name, "split": split, "line": line,
                          "panels": (0, 1) if line == "aligned" else (int(kind == "learned"),),
                          "style": "o-" if kind == "fixed" else "s:",
                          "mark": value if kind in ("confidence", "learned") else "",
@@ -91,140 +101,40 @@ def dat_rows(found):
     return rows
 
 
-ARMS = {        # name -> arguments of train.py [MoD 3.2, 4.1]; above: in the upper half of the blocks alone
-    "dense": "--routed none", "mod": "", "random": "--router random", "mod-25": "--capacity 0.25",
-    "mod-50": "--capacity 0.5", "mod-above": "--routed {above}"}
-SIZES = {   # scale -> FLOPs paid, data, vocabulary, block_size, tokens a step, head size, blocks x width;
-    # larger budgets would read the default text too often: give your own with --source
-    "cpu": (3e13, "pysource-1024", 1024, 256, 4096, 32, "8x64 4x64 6x64 12x48 8x48 6x80 4x96 8x80"),
-    "gpu": (1e16, "text-1024", 1024, 1024, 65536, 64, "4x192 6x256 8x384 10x512 12x640 14x768"),
-    "paper": (6e18, "text-32768", 32768, 2048, 262144, 64, "6x256 8x384 10x512 12x768 16x1024 20x1280")}
-
-
-def isoflop_points(scale, found):
-    """Every arm in sizes around its best, each for equal FLOPs, as many steps as those pay for. One
-    learning rate for all, 0.3 / width, tuned for no arm. Two more seeds for the best size of each arm."""
-    budget, data, vocab, T, tokens, hs, shapes = SIZES[scale]
-    points, seeds, done = [], [], {r["model"]: r for r in mod_rows(found)}
-    for arm, more in ARMS.items():
-        mine = []
-        for size in shapes.split():
-            L, C = map(int, size.split("x"))
-            above = ",".join(map(str, range(L // 2 | 1, L, 2)))
-            train = f"--data {data} --exits last --n_layer {L} --n_head {C // hs} --n_embd {C} " \
-                f"--block_size {T} --batch_size {tokens // T} --lr {0.3 / C:.6f} {more.format(above=above)}"
-            model = read_options(train.split(), run.stored_options).model
-            steps = round(budget / (cost.training(model, vocab, T) * tokens / T))
-            train += f" --steps {steps} --warmup {max(1, steps // 20)} --eval_every {steps} " \
-                f"--save_every {max(1, steps // 5)} --eval_windows 256"
-            mine.append(Point(f"{arm}-{size}", train))
-        if all(p.name in done for p in mine):
-            best = min(mine, key=lambda p: done[p.name]["held_out"])
-            seeds += [Point(f"{best.name}-seed{n}", f"{best.train} --seed {1000 + n}") for n in (1, 2)]
-        points += mine
-    return points + seeds
-
-
-def mod_rows(found):
+def models(found):
     """{point: its JSON} -> rows by arm and size; FLOPs and step times relative to the best dense model's."""
     rows = []
     for name, p in found.items():
         o, last, [full] = p["options"], p["metrics"][-1], p["evaluation"]["forced"]
-        top_k, causal = last["loss"]["top_k"], last["loss"].get("causal", last["loss"]["top_k"])
         config = GPTConfig(**{field: o[field] for field in GPTConfig.__dataclass_fields__ if field in o})
         shares = dict.fromkeys(("accuracy", "base_rate", "precision", "recall"), "")
         shares |= {share: f"{value:.1%}" for share, value in last.get("predictor", {}).items()}
         rows.append({**o, **p, **full, **shares, "model": name, "line": re.sub(r"-\d+x\d+.*", "", name),
-                     "again": "-seed" in name, "panels": (0,), "style": "o-", "mark": "",
-                     "top_k": top_k[-1], "held_out": causal[-1],
+                     "again": "-seed" in name, "panels": (0,), "style": "o",
+                     "mark": f"{o['n_layer']} x {o['n_embd']}",
+                     "top_k": final_loss(p, "top_k"), "held_out": final_loss(p, "causal"),
                      "epochs": o["steps"] * o["batch_size"] * o["block_size"] / p["tokens"],
                      "forward": cost.forward(config, p["vocab_size"], o["block_size"])})
     unit = min([r for r in rows if r["line"] == "dense"] or rows, key=lambda r: r["held_out"], default=None)
     for r in rows:
         r |= {"relative": r["forward"] / unit["forward"], "time": r["step_seconds"] / unit["step_seconds"]}
-    arms = [r["line"] for r in rows]
-    return sorted(rows, key=lambda r: (arms.index(r["line"]), r["parameters"], r["model"]))
+    lines = [r["line"] for r in rows]
+    return sorted(rows, key=lambda r: (lines.index(r["line"]), r["parameters"], r["model"]))
 
 
-def parabola(rows):
-    """Least squares of held-out loss in log N -> best N or None (outside the sizes), coefficients or None."""
-    x, y = np.log([r["parameters"] for r in rows]), [r["held_out"] for r in rows]
-    if len({*x}) < 3:
-        return None, None
-    fit = np.polyfit(x, y, 2)
-    best = -fit[1] / 2 / fit[0]
-    return (float(np.exp(best)) if fit[0] > 0 and x.min() <= best <= x.max() else None), fit
-
-
-def arm_rows(found):
-    """{point: its JSON} -> a row for each arm: its best size, the losses of all seeds there."""
+def arms(found):
+    """{point: its JSON} -> a row for each arm: its best shape, the losses of all seeds there."""
     rows = []
-    for _, runs in itertools.groupby(mod_rows(found), lambda r: r["line"]):
+    for _, runs in itertools.groupby(models(found), lambda r: r["line"]):
         runs = list(runs)
-        first = [r for r in runs if not r["again"]]
-        best, lowest = min(first, key=lambda r: r["held_out"]), parabola(first)[0]
-        seeds = [r["held_out"] for r in runs if r["parameters"] == best["parameters"]]
-        rows.append({**best, "mean": np.mean(seeds), "seeds": len(seeds),
-                     "range": f"{np.ptp(seeds):.3f}" if len(seeds) > 1 else "",
-                     "lowest": f"{lowest:,.0f}" if lowest else "none between"})
+        best = min((r for r in runs if not r["again"]), key=lambda r: r["held_out"])
+        losses = [r["held_out"] for r in runs if r["mark"] == best["mark"]]
+        rows.append({**best, "mean": np.mean(losses), "seeds": len(losses),
+                     "each": " ".join(f"{loss:.3f}" for loss in losses)})
     return rows
 
 
-def sampling_points(scale, found):
-    """The middle size of mod-isoflop (run that first), routed by whatever can decide without the future."""
-    size, start, rules = SIZES[scale][-1].split()[3], f"../mod-isoflop-{scale}/", "--rules full"
-    train = {p.name: p.train for p in isoflop_points(scale, {})}
-    return [Point("predictor", "", rules, f"{start}mod-{size}"),
-            Point("router", train[f"mod-{size}"] + " --causal_logit router", rules),
-            Point("sigmoid", train[f"mod-{size}"] + " --gate sigmoid", rules),
-            Point("random", "", rules, f"{start}random-{size}"),
-            Point("random-one", train[f"random-{size}"] + " --gate one", rules),
-            Point("dense", "", rules, f"{start}dense-{size}")]
-
-
-# column: format of its cells; both read a row
-DAT_TABLE = dat_rows, {
-    "model": "{model}", "rule": "{rule}", "BLEU {split}": "{bleu:.2f}", "exit": "{exit:.2f}",
-    "blocks": "{blocks:.2f}", "MFLOPs a sentence: paper": "{mflops_paper:.1f}",
-    "needed": "{mflops_needed:.1f}", "seconds": "{seconds:.1f}"}
-ISOFLOP_TABLE = mod_rows, {
-    "model": "{model}", "parameters": "{parameters:,}", "steps": "{steps}", "epochs": "{epochs:.1f}",
-    "loss: training": "{training_loss:.3f}", "held out, top-k": "{top_k:.3f}",
-    "held out, causal": "{held_out:.3f}", "forward FLOPs / best dense": "{relative:.2f}",
-    "measured step / best dense": "{time:.2f}"}
-ARM_TABLE = arm_rows, {
-    "arm": "{line}", "best size measured": "{parameters:,}",
-    "held-out loss, mean of seeds (the first chose the size)": "{mean:.3f}", "max - min": "{range}",
-    "seeds": "{seeds}", "best size by the parabola": "{lowest}"}
-SAMPLING_TABLE = mod_rows, {
-    "model": "{model}", "steps": "{steps}", "loss: top-k": "{top_k:.4f}", "causal": "{held_out:.4f}",
-    "right about top-k": "{accuracy}", "always no": "{base_rate}", "precision": "{precision}",
-    "recall": "{recall}", "blocks run of {n_layer}": "{blocks:.2f}", "cache / dense": "{cache:.0%}"}
-DAT_FIGURE = "bleu", "BLEU", {"exit": "exit (mean over output tokens)",
-                              "mflops_needed": "decoder MFLOPs a sentence, copies counted where needed"}
-ISOFLOP_FIGURE = "held_out", "held-out loss (nats; MoD: causal routing)", {"parameters": "parameters",
-    "relative": "forward FLOPs / best dense", "time": "measured training step / best dense"}
-SAMPLING_FIGURE = "held_out", "held-out loss (nats): causal, as sampled", {
-    "top_k": "held-out loss (nats): top-k, which sees the future"}
-EXPERIMENTS = {     # name -> points(scale, {point: its JSON} so far), tables, figure of the first table
-    "dat": (dat_points, [DAT_TABLE], DAT_FIGURE),
-    "mod-isoflop": (isoflop_points, [ISOFLOP_TABLE, ARM_TABLE], ISOFLOP_FIGURE),
-    "mod-sampling": (sampling_points, [SAMPLING_TABLE], SAMPLING_FIGURE)}
-
-
-def curve(ax, rows, x, y, color):
-    """Rows of a line by x -> their marks, and a line through those of the first seed, or their parabola."""
-    first, style = [r for r in rows if not r["again"]], rows[0]["style"]
-    if x == "parameters":
-        style, fit = style[0], parabola(first)[1]
-        ax.set_xscale("log")
-        if fit is not None:
-            N = np.geomspace(first[0][x], first[-1][x], 50)
-            ax.plot(N, np.polyval(fit, np.log(N)), color=color)
-    for part, kind, label in (first, style, rows[0]["line"]), (rows, style[0], None):
-        ax.plot([r[x] for r in part], [r[y] for r in part], kind, color=color, ms=5, mfc="none", label=label)
-    for r in rows:
-        ax.annotate(r["mark"], (r[x], r[y]), (4, -9), color=color, textcoords="offset points", fontsize=7)
+ROWS = {"translations": translations, "models": models, "arms": arms}
 
 
 def draw_figure(rows, y, y_label, xs):
@@ -236,8 +146,12 @@ def draw_figure(rows, y, y_label, xs):
         for color, line in zip(COLORS, dict.fromkeys(r["line"] for r in here), strict=False):
             mine = sorted((r for r in here if r["line"] == line), key=lambda r: r[[*xs][0]])
             for ax, x in zip(axes, xs, strict=True):
-                curve(ax, mine, x, y, color)
+                ax.plot([r[x] for r in mine], [r[y] for r in mine], mine[0]["style"], color=color, mfc="none",
+                        ms=5, label=line)
                 ax.set_xlabel(xs[x])
+                for r in mine:
+                    ax.annotate(r["mark"], (r[x], r[y]), (4, -9), color=color, textcoords="offset points",
+                                fontsize=7)
         axes[0].set_ylabel(y_label)
         axes[-1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
@@ -245,20 +159,21 @@ def draw_figure(rows, y, y_label, xs):
 
 def draw(name, results, found):
     """table.md and figure.png from {point: its JSON}."""
-    _, tables, axes = EXPERIMENTS[name]
+    tables = EXPERIMENTS[name]["tables"]
     heading = "- {point}: `python {arguments}`{after}, seed {seed}, {dtype}, commit {commit}, {device}, " \
         "{threads} threads, torch {torch}, {minutes:.0f} min of training"
     lines = [heading.format(**{**p["options"], **p}, arguments=p["train"] or p["evaluate"],
                             after=f" after {p['start']}" if p["start"] else "",
                             minutes=p["training_seconds"] / 60 if p["train"] else 0) for p in found.values()]
-    for rows_of, columns in tables:
-        rows = rows_of(found)
+    for table in tables:
+        rows, columns = ROWS[table["rows"]](found), table["columns"]
         cells = [[name.format(**rows[-1]) for name in columns], ["---"] * len(columns)]
         cells += [[form.format(**r) for form in columns.values()] for r in rows]
         lines += ["", *(f"| {' | '.join(line)} |" for line in cells)]
         lines += dict.fromkeys(f"\n{r['note']}" for r in rows if "note" in r)
     write_file(results / "table.md", "\n".join([*lines, ""]))
-    draw_figure(tables[0][0](found), *axes).savefig(results / "figure.png", dpi=110, bbox_inches="tight")
+    figure = draw_figure(ROWS[tables[0]["rows"]](found), *EXPERIMENTS[name]["figure"])
+    figure.savefig(results / "figure.png", dpi=110, bbox_inches="tight")
     plt.close()
     print(f"wrote {results}/table.md and {results}/figure.png from {len(found)} points")
 
@@ -267,7 +182,7 @@ def draw(name, results, found):
 class Options:
     """Run the points of an experiment that are not done yet, then draw its table and figure."""
     name: tyro.conf.Positional[Literal[tuple(EXPERIMENTS)]]
-    scale: Literal["cpu", "gpu", "paper"] = "cpu"
+    scale: Literal[tuple(SCALES)] = "cpu"
     source: Path | None = None      # the data set's files, if you have them; otherwise they are downloaded
     points: tuple[str, ...] = ()    # only these; left out: all
     seed: int = 0
@@ -355,7 +270,7 @@ def main(argv=None):
     while True:
         with reading(results / "*.json"):
             done = {run.read_json(p, "point"): run.read_json(p) for p in sorted(results.glob("*.json"))}
-            points = {p.name: p for p in EXPERIMENTS[o.name][0](o.scale, done)}
+            points = {p.name: p for p in points_of(o.name, o.scale, done)}
             found = {name: done[name] for name in [*points, *done] if name in done}  # of older versions last
         wanted = o.points or points
         if not set(wanted) <= set(points):

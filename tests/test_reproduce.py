@@ -1,5 +1,4 @@
 """reproduce.py: point by point, resumable, drawn from the JSON files alone."""
-import math
 import shutil
 
 import pytest
@@ -34,11 +33,13 @@ def test_an_experiment_goes_on_point_by_point(main, pairs, tmp_path, monkeypatch
     """Points that run twice, an interrupted point that begins again, rows or files of something else."""
     tiny = " ".join(TINY).replace("--batch_size 4", "").replace("--device cpu", "--enc_layer 1 --routed none")
     tiny += f" --data {pairs} --translate aa-bb --enc_head 2 --enc_embd 16 --batch_tokens 128"
-    points = [reproduce.Point("tied", f"{tiny} --stop_at 5", "--bleu test --beam 2"),
-              reproduce.Point("apart", f"{tiny} --classifier separate", "--bleu test --beam 2"),
-              reproduce.Point("one", "", "--bleu test --beam 2 --rules fixed:1 --exited_kv compute", "tied")]
-    drawing, folder = reproduce.EXPERIMENTS["dat"][1:], tmp_path / "dat-cpu"
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "dat", (lambda scale, found: points, *drawing))
+    points = [{"name": "tied", "train": f"{tiny} --stop_at 5", "evaluate": "--bleu {test} --beam 2"},
+              {"name": "apart", "train": f"{tiny} --classifier separate", "evaluate": "--bleu test --beam 2"},
+              {"name": "one", "train": "", "start": "tied",
+               "evaluate": "--bleu test --beam 2 --rules fixed:1 --exited_kv compute"}]
+    monkeypatch.setitem(reproduce.EXPERIMENTS["dat"], "points", points)
+    monkeypatch.setitem(reproduce.SCALES["cpu"], "test", "test")
+    folder = tmp_path / "dat-cpu"
     assert "the same command goes on" in refused(capsys, main, "dat", "--points", "tied")
     main(["dat", "--points", "tied"])
     assert [p.name for p in folder.glob("*.json")] == ["tied.json"]
@@ -63,26 +64,32 @@ def test_an_experiment_goes_on_point_by_point(main, pairs, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_equal_flops_and_more_seeds_for_the_best(main, dataset, tmp_path, monkeypatch):
-    monkeypatch.setitem(reproduce.SIZES, "cpu", (3e8, str(dataset), 300, 32, 128, 8, "2x8 2x16 4x24 6x24"))
-    monkeypatch.setattr(reproduce, "ARMS", {"dense": "--routed none", "mod": ""})
+    cpu = {"flops": 3e8, "text": f"--data {dataset} --block_size 32 --batch_size 4", "head_size": 8,
+           "vocab_size": 300}
+    for word, value in cpu.items():
+        monkeypatch.setitem(reproduce.SCALES["cpu"], word, value)
+    points = [{"name": name, "train": words, "shapes": "2x16 4x24 6x24", "seeds": 3}
+              for name, words in (("dense", "--routed none"), ("mod", ""))]
+    monkeypatch.setitem(reproduce.EXPERIMENTS["mod-isoflop"], "points", points)
     main(["mod-isoflop"])
     found = {p.stem: run.read_json(p) for p in tmp_path.glob("mod-isoflop-cpu/*.json")}
-    for arm, rule, sizes in ("dense", "top_k", 3), ("mod", "causal", 2):
+    for arm, rule in ("dense", "top_k"), ("mod", "causal"):
         loss = {n: p["metrics"][-1]["loss"][rule] for n, p in found.items() if n.startswith(arm)}
         best = min((n for n in loss if "seed" not in n), key=loss.get)
         assert {f"{best}-seed1", f"{best}-seed2"} == {n for n in loss if "seed" in n}
-        assert len(loss) == sizes + 2 and found[f"{best}-seed2"]["options"]["seed"] == 1002
+        assert len(loss) == 3 + 2 and found[f"{best}-seed2"]["options"]["seed"] == 1002
     for point in found.values():
         o = read_options(point["train"].split()[1:], run.stored_options)
         assert o.steps * 128 / 32 * cost.training(o.model, 300, 32) == pytest.approx(3e8, rel=0.05)
 
 
-@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
+@pytest.mark.parametrize("name", [path.name.removesuffix("-cpu") for path in ROOT.glob("results/*-cpu")])
 def test_committed_results_are_drawn_as_they_were(name, main, tmp_path):
     """Results that only the version that made them can read."""
     committed, results = ROOT / "results" / f"{name}-cpu", tmp_path / f"{name}-cpu"
     shutil.copytree(committed, results, ignore=shutil.ignore_patterns("*.md", "*.png"))
-    main([name, "--points", next(results.glob("*-*.json")).stem.removesuffix("-seed1")])
+    known = [p.name for p in reproduce.points_of(name, "cpu", {}) if (results / f"{p.name}.json").exists()]
+    main([name, "--points", *known])
     assert (results / "table.md").read_text("utf-8") == (committed / "table.md").read_text("utf-8")
     assert (results / "figure.png").stat().st_size > 5000
 
@@ -90,18 +97,10 @@ def test_committed_results_are_drawn_as_they_were(name, main, tmp_path):
 @pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
 def test_every_argument_of_the_experiments_is_known(scale):
     """A point that fails after hours, since an option has another name now."""
-    for points, *_ in reproduce.EXPERIMENTS.values():
-        for point in points(scale, {}):
+    for name in reproduce.EXPERIMENTS:
+        for point in reproduce.points_of(name, scale, {}):
             reproduce.parse(point.evaluate.split(), evaluate.Options)
             if "--objective exit_predictor" in point.train:     # needs a run to begin with
                 reproduce.parse(point.train.split())
             elif point.train:
                 read_options(point.train.split(), run.stored_options)
-
-
-@pytest.mark.parametrize("sign, sizes, best", [(1, (3e5, 1e6, 5e6), 1e6), (-1, (3e5, 1e6, 5e6), None),
-                                               (1, (3e3, 1e4, 5e4), None), (1, (3e5, 1e6), None)])
-def test_parabola(sign, sizes, best):
-    """The lowest point of a parabola in log N; a maximum, one far outside of what was measured, a line."""
-    rows = [{"parameters": n, "held_out": 3 + sign * math.log(n / 1e6)**2} for n in sizes]
-    assert reproduce.parabola(rows)[0] == (best and pytest.approx(best))
