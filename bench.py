@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import cost
@@ -75,20 +74,15 @@ def gpt(o, routed="none", **options):
     return GPT(config, o.vocab_size).to(o.device).eval()
 
 
-class PlainBlock(nn.Module):
-    """A textbook block: one matrix for q, k and v, the causal kernel, no cache, nothing skipped."""
-
-    def __init__(self, C, nh):
-        super().__init__()
-        self.nh, self.ln1, self.ln2 = nh, nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
-
-    def forward(self, x):
-        q, k, v = (t.unflatten(-1, (self.nh, -1)).transpose(1, 2) for t in self.qkv(self.ln1(x)).chunk(3, -1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(y.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.ln2(x))
+def gpt2(o):
+    """Hugging Face's GPT-2 in these sizes, without dropout; None without `transformers`."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        return None
+    config = GPT2Config(vocab_size=o.vocab_size, n_positions=o.block_size, n_embd=o.n_embd,
+                        n_layer=o.n_layer, n_head=o.n_head, bos_token_id=None, eos_token_id=None)
+    return GPT2LMHeadModel(config).to(o.device).eval()
 
 
 def step(model, ids, targets):
@@ -112,19 +106,17 @@ def steps(o, what, ours, theirs, B, layers, at_most, of=None):
 
 
 def train_part(o):
-    short, C = replace(o, block_size=o.block_size // 4), o.n_embd
-    ours, blocks = gpt(short, exits="last"), [PlainBlock(C, o.n_head) for _ in range(o.n_layer)]
-    classifier = nn.Linear(C, o.vocab_size, bias=False)
-    plain = nn.Sequential(nn.Embedding(o.vocab_size, C), *blocks, nn.LayerNorm(C), classifier).to(o.device)
-    plain[0].weight = classifier.weight
+    short = replace(o, block_size=o.block_size // 4)
+    ours, plain = gpt(short, exits="last"), gpt2(short)
     ids, targets = random_ids(o, 2, o.batch_size, short.block_size)
 
     def plain_step():
-        F.cross_entropy(plain(ids).flatten(0, 1), targets.flatten()).backward()
+        F.cross_entropy(plain(ids).logits.flatten(0, 1), targets.flatten()).backward()
         plain.zero_grad()
 
-    yield compare(o, "dense step: over a plain one", lambda: step(ours, ids, targets), plain_step, (1, 1),
-                  1.05)
+    if plain:
+        yield compare(o, "dense step: over Hugging Face's GPT-2", lambda: step(ours, ids, targets),
+                      plain_step, (1, 1), 1.05)
     small = replace(short, vocab_size=4096)
     one, many = gpt(small, exits="last"), gpt(small)
     yield steps(small, f"{o.n_layer} tied exits: over one", many, one, o.batch_size, 1, 1.83)
@@ -163,21 +155,15 @@ def readings(o, what, ours, theirs, at_most=None, of=None, B=1, more=1, prefix=1
 
 
 def full_part(o):
-    """Against Hugging Face's GPT-2; no row without `transformers`."""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        return
-    config = GPT2Config(vocab_size=o.vocab_size, n_positions=o.block_size, n_embd=o.n_embd,
-                        n_layer=o.n_layer, n_head=o.n_head, bos_token_id=None, eos_token_id=None)
-    ours, gpt2 = gpt(o), GPT2LMHeadModel(config).to(o.device).eval()
-    for B, prefix in ((1, 64), (1, 512), (16, 64), (16, 512)):
+    """Against Hugging Face's GPT-2."""
+    ours, plain = gpt(o), gpt2(o)
+    for B, prefix in ((1, 64), (1, 512), (16, 64), (16, 512)) if plain else ():
         ids = random_ids(o, B, prefix + o.repeats + 1)
-        cache = gpt2(ids[:, :prefix], use_cache=True).past_key_values       # grows with every call
+        cache = plain(ids[:, :prefix], use_cache=True).past_key_values       # grows with every call
         faster = 1.5 if B == 1 and "AMD" in PROCESSOR else 1.2
         yield compare(o, f"next token of {B}, prefix {prefix}: over Hugging Face's GPT-2",
                       reader(ours, full_depth, ids, prefix, 1),
-                      lambda ids=ids[:, :1], cache=cache: gpt2(ids, past_key_values=cache, use_cache=True),
+                      lambda ids=ids[:, :1], cache=cache: plain(ids, past_key_values=cache, use_cache=True),
                       (1, 1, 1), 1 / faster)
 
 
