@@ -129,7 +129,7 @@ def under_rule(model, batches, name, trained, context, exited_kv):
             cache = Cache(model, *batch.pos.shape, model.memory_of(batch))
             output = step(model, batch.ids, batch.pos, cache, rule, causal, exited_kv)
         log_probs = exits.to_float32(output.logits).log_softmax(-1)
-        parts.append({"ids": batch.ids.int(), "targets": batch.targets.int(),
+        parts.append({"ids": batch.ids.int(), "targets": batch.targets.int(), "present": batch.mask,
                       "loss": exits.token_losses(output.logits, batch.targets),
                       "entropy": -(log_probs.exp() * log_probs).sum(-1),
                       "right": output.logits.argmax(-1) == batch.targets, **output._asdict()})
@@ -183,11 +183,11 @@ def forced(model, batches, names, trained, context, o, known):
     rows, sources = [], [S for batch in batches for S in batch.sources()]
     for name in names:
         arrays = known.get(name) or under_rule(model, batches, name, trained, context, o.exited_kv)
-        mask = arrays["targets"] >= 0
-        texts = [({k: arrays[k][w, mask[w]] for k in COUNTED}, S) for w, S in enumerate(sources)]
-        rows.append({"rule": name, "loss": float(arrays["loss"][mask].mean()),
-                     "right": float(arrays["right"][mask].mean()), "exited_kv": o.exited_kv,
-                     **depth_and_cost(model, texts, o.exited_kv)})
+        mask, present = arrays["targets"] >= 0, arrays["present"]
+        texts = [({k: arrays[k][w, present[w]] for k in COUNTED}, S) for w, S in enumerate(sources)]
+        rows.append({"rule": name, **{key: float(arrays[key][mask].mean()) for key in ("loss", "right")},
+                     "exited_kv": o.exited_kv, **depth_and_cost(model, texts, o.exited_kv),
+                     "exit": float(arrays["exit_at"][mask].mean())})
         print_row(rows[-1], first=len(rows) == 1)
     return rows
 

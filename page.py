@@ -35,6 +35,6 @@ def page_of(piece, config, encoding, title, colors, words):
     L = config.n_layer
     data = {"about": title, "colors": colors, "words": words, "exits": [*range(L - len(flops) + 1, L + 1)],
             "as_run": as_run, "full": full, "flops": flops, "tokens": tokens,
-            "vocabulary": {i: encoding.decode([i]) for i in ids}}
+            "vocabulary": {i: encoding.decode([i]) for i in ids if i >= 0}}
     text = json.dumps(data).replace("<", "\\u003c")         # no token ends the script element
     return TEMPLATE.read_text("utf-8").replace(">DATA<", f">{text}<")

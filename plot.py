@@ -83,7 +83,7 @@ def piece_of(depth, options, tokens):
     part = slice(options.first, options.first + tokens)
     changes = np.diff(depth["blocks"][:, part]).astype(bool).sum(1)
     window = changes.argmax() if options.window is None else options.window
-    present = depth["targets"][window:window + 1, part].ravel() >= 0
+    present = depth["present"][window:window + 1, part].ravel()
     if min(window, options.first, tokens - 1) < 0 or not present.any():
         last = len(changes) - 1
         raise UserError(f"--window must be from 0 to {last}, --first in its text and --tokens above 0")

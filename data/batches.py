@@ -5,6 +5,7 @@ methods: step(seed, t) -> Batch, and fixed(count) -> list of Batch, the same for
 """
 import importlib
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,8 @@ class Batch(NamedTuple):
         return (self.source[1] < NO_POSITION).sum(1).tolist() if self.source else [0] * len(self.ids)
 
 
-class Windows(NamedTuple):
+@dataclass
+class Windows:
     """Windows of `size` tokens of a text (T,), `rows` to a batch."""
     tokens: np.ndarray
     size: int
@@ -70,6 +72,22 @@ class Windows(NamedTuple):
         count = max(1, min(count, (len(self.tokens) - 1) // self.size))
         first = np.linspace(0, len(self.tokens) - self.size - 1, count).astype(np.int64)
         return [self.at(first[i:i + self.rows]) for i in range(0, count, self.rows)]
+
+
+@dataclass
+class Questions(Windows):
+    """Documents of data/hops, `size` tokens each: `listing` pairs, questions k, start, answer, then an end.
+    An answer is the target of its start and is never read; no other token has a target."""
+    listing: int
+
+    def at(self, first):
+        """Indices of tokens (B,) -> Batch of their documents."""
+        ids, listing = super().at(first - first % self.size).ids, self.listing
+        asked = ids[:, listing:-1].unflatten(1, (-1, 3))
+        ids = torch.cat((ids[:, :listing], asked[..., :2].flatten(1)), 1)
+        targets = torch.full_like(ids, -1)
+        targets[:, listing + 1::2] = asked[..., 2]
+        return Batch(ids, targets, torch.arange(ids.size(1)).expand(len(ids), -1))
 
 
 class Buckets:
@@ -146,7 +164,9 @@ def batches_of(data, split, options, pieces=1):
         if buckets.left_out:
             print(f"left out of {split}: {buckets.left_out} pairs over {T} tokens (--block_size)")
         return buckets
-    tokens = getattr(data, split)
+    tokens, listing = getattr(data, split), data.meta.get("listing")
+    if listing:
+        return Questions(tokens, data.meta["size"], options.batch_size // pieces, listing)
     if len(tokens) <= T:
         raise UserError(f"{split}.bin has {len(tokens)} tokens, but one window takes {T + 1}: give more "
                         f"data or a smaller --block_size")

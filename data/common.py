@@ -93,8 +93,8 @@ def script(**explained):
                 raise UserError("an option has an empty value; is a variable of the shell not set?")
             return tyro.cli(prepare, args=argv)
 
-        source = inspect.signature(prepare).parameters["source"]
-        main.automatic = source.default is not source.empty     # runs without options
+        parameters = inspect.signature(prepare).parameters.values()
+        main.automatic = all(p.default is not p.empty for p in parameters)      # runs without options
         if prepare.__module__ == "__main__":
             main()
         return main
