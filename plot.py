@@ -1,8 +1,9 @@
-"""Draw a run from its files alone: python plot.py --run 3
+"""Draw a run from its files alone: python plot.py --run 3; several side by side: --run 1 2 3
 
 Each function draw_X makes figures/X.png in the run's folder; main removes it if the files do not suffice."""
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 
@@ -13,7 +14,7 @@ from matplotlib.colors import ListedColormap, to_hex
 
 import run
 from data.common import EOT, UserError, command, load_tokenizer, reading, write_file
-from options import from_file, kind_of, parse
+from options import from_file, kind_of, parse, refuse
 from page import page_of
 
 # Colours by Okabe and Ito, which colour-blind readers can tell apart; depth is a scale (viridis).
@@ -31,8 +32,8 @@ plt.rcParams.update({"figure.dpi": 120, "figure.constrained_layout.use": True, "
 
 @dataclass
 class Options:
-    """Draw the figures of a run."""
-    run: str = "last"       # its folder or number, or "last"
+    """Draw the figures of a run, or one figure that compares several."""
+    run: tuple[str, ...] = ("last",)    # its folder or number, or "last"
     out: str = "runs"       # where numbered runs are
     window: int | None = None   # which validation window the map shows; left out: where depth changes most
     first: int = 0          # first token of the map
@@ -246,10 +247,44 @@ def draw_text(path, columns=96):
     return fig
 
 
+def compare(runs):
+    """{name: folder} side by side: held-out loss of the last exit over training, share of the tokens by
+    blocks run, held-out loss against mean exit of the rules that evaluate.py compared."""
+    fig, (training, shares, frontier) = plt.subplots(1, 3, figsize=(16, 4.4))
+    width = 0.8 / len(runs)
+    for i, (name, folder) in enumerate(runs.items()):
+        with reading(folder / "metrics.jsonl"):
+            lines = [line for line in run.read_metrics(folder) if line["kind"] == "val"]
+            lines = lines[len(lines) > 3:]
+            last_exit = [line["loss"].get("causal", line["loss"]["top_k"])[-1] for line in lines]
+            training.plot([line["step"] for line in lines], last_exit)
+        with reading(folder / "depth.npz"):
+            depth, tokens = read_depth(folder / "depth.npz")
+            share = np.bincount(tokens["blocks"]) / len(tokens["blocks"])
+            shares.bar(np.arange(len(share)) + width * (i + 0.5) - 0.4, share, width,
+                       label=f"{name}: {depth['rule']}, {tokens['blocks'].mean():.2f} blocks run on average")
+        with reading(folder / "evaluation.json"):
+            rows = run.read_json(folder / "evaluation.json", "forced")
+            frontier.plot([r["exit"] for r in rows], [r["loss"] for r in rows], ls="", mfc="none", ms=8)
+    training.set(xlabel="training step", ylabel="held-out loss of the last exit (nats)")
+    shares.set(xlabel="blocks run", ylabel="share of the tokens")
+    shares.xaxis.get_major_locator().set_params(integer=True)
+    frontier.set(xlabel="mean exit (block), each rule measured", ylabel="held-out loss (nats)")
+    fig.legend(loc="outside lower center")
+    return fig
+
+
 @command
 def main(argv=None):
     options = parse(argv, Options)
-    folder = run.find(options.run, options.out)
+    folder, *others = [run.find(name, options.out) for name in options.run]
+    if others:
+        refuse(options, ("window", "first", "tokens", "html"), "several runs are compared (--run)")
+        picture = Path(options.out, "compare.png")
+        compare(dict(zip(options.run, [folder, *others], strict=True))).savefig(picture)
+        plt.close()
+        print(f"wrote {picture}")
+        return
     files = {draw_loss: "metrics.jsonl", draw_frontier: "evaluation.json", draw_text: "sample.json",
              **dict.fromkeys((draw_map, draw_lens, draw_depth, draw_when, draw_router), "depth.npz")}
     figures = {}
