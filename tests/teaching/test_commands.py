@@ -1,44 +1,83 @@
-"""The commands of the README are run as they stand, with further options that make them tiny."""
+"""The commands of all pages are run as they stand, with further options that make them tiny."""
+import importlib
 import re
 import shlex
 import shutil
+from pathlib import Path
 
+import pytest
 from conftest import ROOT
 from test_scripts import no_figures  # noqa: F401
 
-import bench
-import evaluate
-import plot
-import sample
-import train
+import reproduce
 
-SHAPE = "--n_layer 4 --n_head 2 --n_embd 16 --block_size 32 --steps 2 --stop_at 1 --device cpu"
-PAIRS = "--translate aa-bb --batch_tokens 128 --enc_layer 1 --enc_head 2 --enc_embd 16"
+SHAPE = "--n_layer 4 --n_head 2 --n_embd 16 --block_size 38 --steps 2 --stop_at 1 --device cpu"
+PAIRS = "--batch_tokens 128 --enc_layer 1 --enc_head 2 --enc_embd 16"
 BENCH = "--n_layer 2 --n_head 2 --n_embd 16 --vocab_size 64 --block_size 560 --repeats 1 --batch_size 1"
+TINY = {"evaluate.py": "", "plot.py": "--first 0", "sample.py": "", "reproduce.py": "", "bench.py": BENCH,
+        "data/hops/prepare.py": "--documents 1000", "data/pairs/prepare.py": "--vocab-size 300",
+        "data/text/prepare.py": "--vocab-size 300", "data/pysource/prepare.py": "--vocab-size 300"}
+PAGES = [str(p.relative_to(ROOT)) for folder in ("docs/*.md", "configs/*.toml", "lessons/*.md")
+         for p in sorted(ROOT.glob(folder))]
+ELSEWHERE = "agreement|above_mean|sums|lessons/"    # the diffs of the README and the lessons have their tests
 
 
-def commands():
-    """The lines of the README's section "What next", split into words; the two for translators come last."""
-    section = re.search(r"^## What next\n(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)[1]
-    block = re.search(r"```sh\n(.*?)```", section, re.S)[1].splitlines()
-    inline = re.findall(r"`(python (?:sample|evaluate)\.py [^`]*)`", section)
-    return [shlex.split(line, comments=True) for line in [*block, *inline]]
+def commands(page):
+    """Commands in code blocks, in `inline code` and in comments of a preset, split into words."""
+    text = (ROOT / page).read_text("utf-8")
+    text = re.sub(r"^```diff\n.*?^```", "", text, flags=re.M | re.S)
+    text = re.sub(r"\n#  +(?=--)", " ", text)       # a long command in the comments of a preset
+    found = re.findall(r"(?:^(?:# +)?|`|&& )(python [\w/]+\.py[^`\n]*)", text, re.M)
+    return [shlex.split(line, comments=True)[1:] for line in found if not re.search(ELSEWHERE, line)]
 
 
-def test_the_commands_of_the_readme(finished, dataset, pairs, tmp_path, monkeypatch):
-    """A command that was renamed, or needs another run than the one before it left."""
+@pytest.fixture
+def desk(finished, dataset, pairs, tmp_path, monkeypatch):
+    """A folder with a finished run and the files that the commands read -> a function that runs a command."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, tmp_path / "runs" / "001")
-    tiny = {"sample.py": [], "evaluate.py": [], "plot.py": ["--first", "0"], "bench.py": BENCH.split()}
-    mains = {f"{script.__name__}.py": script.main for script in (train, sample, evaluate, plot, bench)}
-    for _, script, *words in commands():
-        if script == "train.py" and "multi30k" in words:
-            more = [*SHAPE.split(), *PAIRS.split(), "--data", str(pairs)]
-        elif script == "train.py":
-            more = ["--device", "cpu"] if "--resume" in words else [*SHAPE.split(), "--data", str(dataset)]
-        else:
-            more = tiny[script]
-        words = [word.replace("test_2016_flickr", "test").replace("A dog runs over the grass.", "otter heron")
-                 for word in words]
-        mains[script]([*words, *more])
-    assert len(list((tmp_path / "runs").iterdir())) == 6
+    (tmp_path / "results").mkdir()
+    for name in "FILE_OR_FOLDER input.txt".split():
+        (tmp_path / name).mkdir()
+        code = "".join(f"def f{i}(x):\n    return {i} + x\n" for i in range(300))
+        (tmp_path / name / "a.py").write_text(code)
+    for name in "talks train valid test".split():
+        for language in "de", "en":
+            lines = "".join(f"{name} {language} {i} {i * 7}\n" for i in range(300))
+            (tmp_path / f"{name}.{language}").write_text(lines)
+    for experiment in reproduce.EXPERIMENTS.values():
+        monkeypatch.setitem(experiment, "points", [])
+
+    def run(script, *words):
+        words = [{"test_2016_flickr": "test", "test_2017_flickr": "test", "...": "full", "10000": "50",
+                  "A dog runs over the grass.": "otter heron",
+                  "stdlib": "FILE_OR_FOLDER", "site-packages": "input.txt"}.get(word, word) for word in words]
+        more = TINY[script].split() if script in TINY else ["--device", "cpu"]
+        if script == "train.py" and "--resume" not in words:
+            translates = {"multi30k", "iwslt14"} & {*words}
+            more = [*SHAPE.split(), *(PAIRS.split() if translates else ())]
+            name = Path(words[words.index("--data") + 1]).name if "--data" in words else "none"
+            if (tmp_path / "data" / name).exists():         # a command before this one has prepared it
+                more += ["--data", f"data/{name}"]
+            elif translates:
+                more += ["--data", str(pairs), "--translate", "aa-bb"]
+            else:
+                more += ["--data", str(dataset)]
+        importlib.import_module(script[:-3].replace("/", ".")).main([*words, *more])
+    return run
+
+
+def test_the_commands_of_the_readme(desk, tmp_path):
+    """A command that was renamed, or needs another run than the one before it left."""
+    found = commands("README.md")
+    assert len(found) >= 18
+    for words in found:
+        desk(*words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_the_other_pages(desk, page):
+    """The same of docs, lessons and the comments of presets."""
+    for words in commands(page):
+        desk(*words)
