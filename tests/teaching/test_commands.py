@@ -52,6 +52,8 @@ def desk(finished, dataset, pairs, tmp_path, monkeypatch):
         words = [{"test_2016_flickr": "test", "test_2017_flickr": "test", "...": "full", "10000": "50",
                   "A dog runs over the grass.": "otter heron",
                   "stdlib": "FILE_OR_FOLDER", "site-packages": "input.txt"}.get(word, word) for word in words]
+        if script == "plot.py" and "2" in words:        # training was too short to end with an evaluation
+            run("evaluate.py", "--run", "2")
         more = TINY[script].split() if script in TINY else ["--device", "cpu"]
         if script == "train.py" and "--resume" not in words:
             translates = {"multi30k", "iwslt14"} & {*words}
