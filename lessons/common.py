@@ -1,7 +1,7 @@
 """Shared by the lessons: small models, trained once and kept in runs/lessons.
 
-LESSON_STEPS and LESSON_DATA in the environment change how long and on what. The tests set both, and then all
-is written below the current folder."""
+LESSON_STEPS, LESSON_PYSOURCE and LESSON_HOPS in the environment change how long and on what. The tests set
+them, and then all is written below the current folder."""
 import contextlib
 import io
 import os
@@ -19,19 +19,20 @@ from data.batches import batches_of, open_data  # noqa: E402
 
 SMALL = "--n_layer 6 --n_embd 64 --n_head 4 --block_size 128 --batch_size 8 --lr 0.01 --warmup 20"
 HERE = Path() if "LESSON_STEPS" in os.environ else ROOT
+RUNS = HERE / "runs" / "lessons"
 
 
-def trained(words="", steps=150):
-    """Train SMALL with further options, or find it trained -> model in eval mode, its options, data set,
-    validation batches."""
-    steps, data = int(os.environ.get("LESSON_STEPS", steps)), os.environ.get("LESSON_DATA", "pysource")
-    name = "_".join([Path(data).name, *words.replace("--", "").split(), str(steps)])
-    out = HERE / "runs" / "lessons" / name
+def trained(words="", steps=150, base=SMALL, data="pysource", name=""):
+    """Train a model by `base` and further options, or find it trained -> model in eval mode, its options,
+    data set, validation batches. name: of its folder in runs/lessons; left out: made of the options."""
+    data = os.environ.get(f"LESSON_{data.upper()}", data)
+    steps = int(os.environ.get("LESSON_STEPS", steps))
+    out = RUNS / (name or "_".join([Path(data).name, *words.replace("--", "").split(), str(steps)]))
     with contextlib.suppress(Exception):        # none yet, or not to its end
         if run.load(run.find("last", out), "cpu")["step"] == steps:
             return opened(out)
-    print(f"training a small model for {steps} steps ({words or 'default'}) ...", flush=True)
-    options = f"{SMALL} {words} --data {data} --out {out} --steps {steps + 1} --stop_at {steps}"
+    print(f"training a small model for {steps} steps ({name or words or 'default'}) ...", flush=True)
+    options = f"{base} {words} --data {data} --out {out} --steps {steps + 1} --stop_at {steps}"
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(options.split())
     return opened(out)

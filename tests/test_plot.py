@@ -25,6 +25,7 @@ def write_depth(folder, exit_at=None, visited=None, routed=(False, True, False),
     visited = (np.arange(L) < exit_at[..., None]) & runs if visited is None else np.array(visited, bool)
     depth = {"ids": draw.integers(97, 123, shape), "targets": np.ones(shape, int), "exit_at": exit_at,
              "said": draw.integers(97, 123, (*shape, L)), "sources": np.zeros(W, int),
+             "present": np.broadcast_to(np.array(more.get("targets", 1)) >= 0, shape),
              "loss": draw.random(shape), "entropy": draw.random(shape), "visited": visited,
              "routed": np.full(L, routed), "weight": draw.normal(size=visited.shape),
              "kind": np.where(draw.random(shape) < 0.3, "name", "space"), "rule": np.array("a rule")} | more

@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from data.hops import prepare
+
 LESSONS = sorted(ROOT.glob("lessons/[0-9]*.py"))
 
 
@@ -15,12 +17,21 @@ def desk(tmp_path_factory):
     return tmp_path_factory.mktemp("lessons")
 
 
+@pytest.fixture(scope="session")
+def hops(tmp_path_factory):
+    """A small set of questions."""
+    folder = tmp_path_factory.mktemp("data") / "hops"
+    prepare.main(["--documents", "1000", "--questions", "4", "--out", str(folder)])
+    return folder
+
+
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_a_lesson(path, desk, dataset, monkeypatch, capsys):
+def test_a_lesson(path, desk, dataset, hops, monkeypatch, capsys):
     """A lesson that runs no longer, has no figure or changes torch for the next; a checker that takes a wrong
     answer, refuses a right one, or has been solved already."""
     monkeypatch.setenv("LESSON_STEPS", "2")
-    monkeypatch.setenv("LESSON_DATA", str(dataset))
+    monkeypatch.setenv("LESSON_PYSOURCE", str(dataset))
+    monkeypatch.setenv("LESSON_HOPS", str(hops))
     monkeypatch.chdir(desk)
     monkeypatch.syspath_prepend(path.parent)
     lesson = runpy.run_path(str(path))

@@ -1,0 +1,119 @@
+"""Lesson 8: does the model think longer when it has to? (Both papers hope so; neither can grade it.)
+
+At the end you know which exits and routed blocks a model uses where the number of steps is known, and
+why its depth grows more slowly than they do. The first time it trains for a quarter of an hour."""
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+from common import RUNS, exercise, save, trained
+
+import evaluate
+import run
+
+
+# %% [markdown]
+# A row lists a cycle, " ab ca bc": a leads to b, b to c, c to a. Then come questions: "2 a" asks where
+# two steps from a lead. The answer is a target and is never read, so no answer helps the next one.
+# Classifiers on early blocks keep the model from learning two steps: their loss punishes block 1 for
+# holding a's successor, which is wrong there. So the last exit is trained alone, then all of them.
+# %%
+def stage(name, words, steps):
+    return trained(words, steps, "hops", "hops", name)
+
+
+stage("hops_one", "--exits last --lr_end 1", 1500)
+model, o, data, batches = stage("hops_two", f"--exits all --init_from {RUNS}/hops_one/001", 1500)
+N, say = model.config.n_layer, data.encoding.decode
+for ids, answers in zip(batches[0].ids.tolist(), batches[0].targets.tolist(), strict=True):
+    words = [say([i]).strip() for i in ids]
+    leads = dict(words[:data.meta["listing"]])
+    for t in range(len(leads), len(ids), 2):
+        symbol = words[t + 1]
+        for _ in range(int(words[t])):
+            symbol = leads[symbol]
+        assert symbol == say([answers[t + 1]]).strip()
+print("walking step by step gives every answer of", "".join(map(say, [[i] for i in ids[:12]])), "...")
+
+# %% [markdown]
+# Which exit is right, by number of steps (hops)? All exits are read at full depth.
+# %%
+targets = np.concatenate([b.targets for b in batches])
+asked = targets >= 0
+hops = np.concatenate([b.ids for b in batches])[:, :-1][asked[:, 1:]] - ord("0")    # ids below 256 are bytes
+levels = np.unique(hops)
+said = np.concatenate([evaluate.exit_scores(model, b)[1].detach() for b in batches])
+right = (said == targets[..., None])[asked]                                         # (questions,N)
+figure, (exits, depth, routed) = plt.subplots(1, 3, figsize=(14, 4.2))
+for k in levels:
+    print(f"{k} hops, right at exit 1 to {N}:", *(f"{x:6.1%}" for x in right[hops == k].mean(0)))
+    exits.plot(range(1, N + 1), right[hops == k].mean(0), "o-", mfc="none", label=f"{k} hops")
+
+# %% [markdown]
+# In attention all pairs can meet at once: after block 1 the token " bc" can hold "a leads to c", if " ab"
+# came before it. So every block doubles the steps: exit n is enough for 2^n - 1 of them.
+# Does a halting rule notice? Rank correlation: 1 if more hops always mean a later exit.
+# %%
+def rank_correlation(x, y):
+    """Spearman's: the correlation of ranks, where equal values share their mean rank."""
+    def ranks(values):
+        _, where, count = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(count) - (count - 1) / 2)[where]
+    return np.corrcoef(ranks(x), ranks(y))[0, 1]        # nan if one of them is constant
+
+
+predictor, po, *_ = stage("hops_learned", f"--init_from {RUNS}/hops_two/001 --exit_predictor geometric "
+                          "--objective exit_predictor --exit_cost 0.1 --lr 1e-2 --warmup 20", 300)
+rules = [("confidence:0.5", model, o), ("confidence:0.9", model, o), ("learned:0.5", predictor, po),
+         ("oracle:correctness:0.1", model, o), ("oracle:likelihood:0.1", model, o)]
+context = run.autocast(model.wte.weight.device, "float32")
+for name, trunk, options in rules:
+    arrays = evaluate.under_rule(trunk, batches, name, options, context, "copy")
+    exit_at, correct = arrays["exit_at"][asked], arrays["right"][asked]
+    rho = rank_correlation(hops, exit_at)
+    print(f"{name:24s} rank correlation {rho:.2f}, right {correct.mean():.1%}")
+    depth.plot(levels, [exit_at[hops == k].mean() for k in levels], "o-", mfc="none",
+               label=f"{name}: {rho:.2f}, {correct.mean():.0%} right")
+
+# %% [markdown]
+# A Mixture-of-Depths has no exits; half of the tokens run a routed block. Do those with more hops?
+# %%
+mod, mo, *_ = stage("hops_mod", "--exits last --routed odd --capacity 0.5 --lr_end 0.3", 2500)
+arrays = evaluate.under_rule(mod, batches, "full", mo, context, "copy")
+runs, correct = arrays["visited"][asked][:, [*mod.config.routed_blocks()]].sum(1), arrays["right"][asked]
+rho = rank_correlation(hops, runs)
+print(f"MoD: rank correlation of routed blocks run {rho:.2f}, right", *(
+    f"{correct[hops == k].mean():.1%}" for k in levels))
+routed.plot(levels, [runs[hops == k].mean() for k in levels], "o-", label=f"MoD 50 %: {rho:.2f}")
+exits.set(title="share that is right", xlabel="exit", xticks=range(1, N + 1), ylim=(0, 1.03))
+depth.set(title="mean exit (rank correlation)", xlabel="hops", xticks=levels, ylim=(0.9, N))
+routed.set(title="routed blocks run (mean)", xlabel="hops", xticks=levels, ylim=(0, N / 2))
+for panel in exits, depth, routed:
+    panel.legend(fontsize=9)
+save(figure, "8_longer_when_it_has_to")
+
+# %% [markdown]
+# Exercise: which exit did a token need? The first that is right and stays right in all exits above it.
+# %%
+def specification(right):
+    """right (...,N) bool -> the exit needed, 1..N; N if the last one is wrong."""
+    needed = np.full(right.shape[:-1], right.shape[-1])
+    for i in np.ndindex(needed.shape):
+        for n in range(right.shape[-1], 0, -1):
+            if not right[i][n - 1]:
+                break
+            needed[i] = n
+    return needed
+
+
+def mine(right):
+    raise NotImplementedError       # fill in about 2 lines, without a loop
+
+
+def check(candidate):
+    tries = np.concatenate([right[:50], np.random.default_rng(0).random((300, N)) < 0.7])
+    yours, wanted = candidate(tries), specification(tries)
+    print("needed:", *wanted[-20:], "| yours:", *yours[-20:])
+    return np.array_equal(yours, wanted)
+
+
+exercise(check, mine)
