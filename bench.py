@@ -15,12 +15,14 @@ import torch.nn.functional as F
 import cost
 import decode
 import run
+from data.batches import Batch
 from data.common import UserError, command, write_file
-from exits import exit_loss, fixed_exit, forced_exits, full_depth
+from exits import fixed_exit, forced_exits, full_depth
 from linear import PROCESSOR
 from model import GPT, GPTConfig, position_ids
+from options import Options as TrainOptions
 from options import parse
-from routing import predictor_loss
+from train import aligned
 
 
 @dataclass
@@ -87,13 +89,8 @@ def gpt2(o):
 
 def step(model, ids, targets):
     """Forward, all losses, backward, of our model."""
-    total = 0.0
-    for n, (h, routing) in enumerate(model.run_layers(model.embed(ids), position_ids(ids)), 1):
-        if n in model.classifiers.blocks:
-            total = total + exit_loss(model.classifiers, n, h, targets, 1 / ids.numel())[2]
-        if routing.logit is not None:
-            total = total + predictor_loss(routing) / ids.numel()
-    total.backward()
+    batch = Batch(ids, targets, position_ids(ids))
+    aligned(model, batch, 1 / ids.numel(), TrainOptions())[0].backward()
     model.zero_grad()
 
 

@@ -177,9 +177,20 @@ def print_row(row, first):
     print("| " + " | ".join(format(row[key], form) for key, (_, form) in columns.items()) + " |", flush=True)
 
 
-def forced(model, batches, names, trained, context, o, known):
+def by_kind(arrays, mask, kinds, L):
+    """{kind: tokens by exit 1..L and by number of blocks run 0..L, share of right predictions}."""
+    blocks, table = arrays["visited"].sum(-1), {}
+    for kind in np.unique(kinds[mask]).tolist():
+        here = mask & (kinds == kind)
+        table[kind] = {"exits": np.bincount(arrays["exit_at"][here], minlength=L + 1)[1:].tolist(),
+                       "blocks": np.bincount(blocks[here], minlength=L + 1).tolist(),
+                       "right": float(arrays["right"][here].mean())}
+    return table
+
+
+def forced(model, batches, names, trained, context, o, known, kinds):
     """Rows for evaluation.json: each rule on the validation batches, read at once as if step by step;
-    known: {rule: what `under_rule` returned} so far."""
+    known: {rule: what `under_rule` returned} so far; kinds (W,T) of their tokens."""
     rows, sources = [], [S for batch in batches for S in batch.sources()]
     for name in names:
         arrays = known.get(name) or under_rule(model, batches, name, trained, context, o.exited_kv)
@@ -187,7 +198,9 @@ def forced(model, batches, names, trained, context, o, known):
         texts = [({k: arrays[k][w, present[w]] for k in COUNTED}, S) for w, S in enumerate(sources)]
         rows.append({"rule": name, **{key: float(arrays[key][mask].mean()) for key in ("loss", "right")},
                      "exited_kv": o.exited_kv, **depth_and_cost(model, texts, o.exited_kv),
-                     "exit": float(arrays["exit_at"][mask].mean())})
+                     "exit": float(arrays["exit_at"][mask].mean()),
+                     "blocks": float(arrays["visited"][mask].sum(1).mean()),
+                     "kinds": by_kind(arrays, mask, kinds, model.config.n_layer)})
         print_row(rows[-1], first=len(rows) == 1)
     return rows
 
@@ -284,6 +297,8 @@ def main(argv=None):
     depth |= lens(model, batches, context)
     depth["sources"] = np.array([S for batch in batches for S in batch.sources()])
     depth["kind"] = kinds_of(data.encoding)[depth["ids"]]
+    if data.meta.get("listing"):        # data/hops: the token before a start says how many steps
+        depth["kind"] = np.char.add((np.roll(depth["ids"], 1, 1) - ord("0")).astype(str), " hops")
     depth["routed"] = np.array([n in trained.model.routed_blocks() for n in range(L)])
     depth["rule"] = np.array(named.replace(":", " ") + ", causal routing" * bool(depth["routed"].any()))
     write_file(folder / "depth.npz", lambda f: np.savez_compressed(f, **depth))
@@ -292,7 +307,7 @@ def main(argv=None):
         for exit_, right, rule in result["search"]:
             print(f"search: exit {exit_:.2f}, right {right:.1%}: {rule}")
         rules += [rule for *_, rule in result["search"]]    # confirmed by reading and translating for real
-    rows = forced(model, batches, rules, trained, context, o, {named: depth})
+    rows = forced(model, batches, rules, trained, context, o, {named: depth}, depth["kind"])
     result["forced"] = merged(before["forced"], rows)
     for split in o.bleu:
         rows = translate_split(model, data, split, trained, folder, o, rules)

@@ -73,8 +73,10 @@ def points_of(name, scale, found):
         points += mine
         if all(p.name in found for p in mine):
             best = min(mine, key=lambda p: final_loss(found[p.name], "causal"))
-            seeds += [best._replace(name=f"{best.name}-seed{n}", train=f"{best.train} --seed {1000 + n}")
-                      for n in range(1, entry.get("seeds", 1))]
+            for n in range(1, entry.get("seeds", 1)):
+                same = f"{best.start}-seed{n}"
+                seeds.append(Point(f"{best.name}-seed{n}", f"{best.train} --seed {1000 + n}", best.evaluate,
+                                   same if same in [p.name for p in seeds] else best.start))
     return points + seeds
 
 
@@ -134,7 +136,31 @@ def arms(found):
     return rows
 
 
-ROWS = {"translations": translations, "models": models, "arms": arms}
+@np.errstate(invalid="ignore")      # a correlation with a constant is nan
+def rank_correlation(counts):
+    """Spearman's, of the row and the column of a table of counts; equal values share their mean rank."""
+    rows, columns = counts.sum(1), counts.sum(0)
+    x, y = (np.cumsum(n) - (n - 1) / 2 for n in (rows, columns))
+    x, y = x - x @ rows / rows.sum(), y - y @ columns / columns.sum()
+    return x @ counts @ y / np.sqrt((x * x) @ rows * ((y * y) @ columns))
+
+
+def by_hops(found):
+    """{point: its JSON} -> rows by rule and number of hops, with the correlation of hops and blocks run."""
+    rows = []
+    for name, p in found.items():
+        for r in p["evaluation"]["forced"]:
+            kinds = [r["kinds"][kind] for kind in sorted(r["kinds"])]
+            counts = np.array([kind["blocks"] for kind in kinds])
+            common = {"model": name, "rule": r["rule"], "rho": rank_correlation(counts), "panels": (0,),
+                      "line": re.sub("-seed.*", "", name) + f", {r['rule']}", "style": "o", "mark": ""}
+            rows += [{**common, "hops": hops, "questions": n.sum(), "right": kind["right"],
+                      "blocks": n @ np.arange(len(n)) / n.sum()}
+                     for hops, (kind, n) in enumerate(zip(kinds, counts, strict=True))]
+    return rows
+
+
+ROWS = {"translations": translations, "models": models, "arms": arms, "by_hops": by_hops}
 
 
 def draw_figure(rows, y, y_label, xs):
@@ -221,8 +247,7 @@ def trained(point, folder, o):
         arguments = ["--resume", run_of(folder)]        # of a finished run: evaluated again
     else:
         arguments = [*point.train.split(), "--dtype", o.dtype, "--out", folder]
-        if "--seed" not in arguments:
-            arguments += ["--seed", o.seed]
+        arguments += [] if "--seed" in arguments else ["--seed", o.seed]
         if point.start:
             arguments += ["--init_from", run_of(folder.parent / point.start)]
         else:

@@ -166,10 +166,9 @@ def batches_of(data, split, options, pieces=1):
         return buckets
     tokens, listing = getattr(data, split), data.meta.get("listing")
     if listing:
-        questions = Questions(tokens, data.meta["size"], options.batch_size // pieces, listing)
-        if (length := questions.at(np.zeros(1, int)).ids.size(1)) > T:
+        if (length := listing + (data.meta["size"] - listing) // 3 * 2) > T:
             raise UserError(f"the questions of a document take {length} tokens: give a larger --block_size")
-        return questions
+        return Questions(tokens, data.meta["size"], options.batch_size // pieces, listing)
     if len(tokens) <= T:
         raise UserError(f"{split}.bin has {len(tokens)} tokens, but one window takes {T + 1}: give more "
                         f"data or a smaller --block_size")

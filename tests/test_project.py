@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "sample": "run options data.common data.parallel decode exits",
     "evaluate": "run options data.common data.batches data.parallel decode exits routing cost",
     "plot": "run options data.common page", "page": "cost", "reproduce": "run options data.common cost model",
-    "bench": "run options data.common model exits routing decode cost linear",
+    "bench": "run options data.common data.batches model exits decode cost linear train",
     **{p.relative_to(ROOT).with_suffix("").as_posix(): "data routing" for p in DATA},
     "data/common": "",
 }

@@ -101,6 +101,6 @@ def test_every_argument_of_the_experiments_is_known(scale):
         for point in reproduce.points_of(name, scale, {}):
             reproduce.parse(point.evaluate.split(), evaluate.Options)
             if "--objective exit_predictor" in point.train:     # needs a run to begin with
-                reproduce.parse(point.train.split())
+                reproduce.parse(point.train[point.train.index("--"):].split())
             elif point.train:
                 read_options(point.train.split(), run.stored_options)
