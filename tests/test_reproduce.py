@@ -94,7 +94,7 @@ def test_committed_results_are_drawn_as_they_were(name, main, tmp_path):
     assert (results / "figure.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+@pytest.mark.parametrize("scale", reproduce.SCALES)
 def test_every_argument_of_the_experiments_is_known(scale):
     """A point that fails after hours, since an option has another name now."""
     for name in reproduce.EXPERIMENTS:

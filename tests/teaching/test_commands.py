@@ -1,5 +1,6 @@
 """The commands of all pages are run as they stand, with further options that make them tiny."""
 import importlib
+import inspect
 import re
 import shlex
 import shutil
@@ -9,16 +10,19 @@ import pytest
 from conftest import ROOT
 from test_scripts import no_figures  # noqa: F401
 
+import options
 import reproduce
+from options import parse
 
 SHAPE = "--n_layer 4 --n_head 2 --n_embd 16 --block_size 38 --steps 2 --stop_at 1 --device cpu"
 PAIRS = "--batch_tokens 128 --enc_layer 1 --enc_head 2 --enc_embd 16"
 BENCH = "--n_layer 2 --n_head 2 --n_embd 16 --vocab_size 64 --block_size 560 --repeats 1 --batch_size 1"
-TINY = {"evaluate.py": "", "plot.py": "--first 0", "sample.py": "", "reproduce.py": "", "bench.py": BENCH,
+TINY = {"evaluate.py": "", "plot.py": "--first 0", "sample.py": "", "bench.py": BENCH,
+        "reproduce.py": "--out results --runs runs",
         "data/hops/prepare.py": "--documents 1000", "data/pairs/prepare.py": "--vocab-size 300",
         "data/text/prepare.py": "--vocab-size 300", "data/pysource/prepare.py": "--vocab-size 300"}
-PAGES = [str(p.relative_to(ROOT)) for folder in ("docs/*.md", "configs/*.toml", "lessons/*.md")
-         for p in sorted(ROOT.glob(folder))]
+PAGES = [str(p.relative_to(ROOT)) for names in ("README.md", "docs/*.md", "configs/*.toml", "lessons/*.md")
+         for p in sorted(ROOT.glob(names))]
 ELSEWHERE = "agreement|above_mean|sums|lessons/"    # the diffs of the README and the lessons have their tests
 
 
@@ -69,17 +73,27 @@ def desk(finished, dataset, pairs, tmp_path, monkeypatch):
     return run
 
 
-def test_the_commands_of_the_readme(desk, tmp_path):
-    """A command that was renamed, or needs another run than the one before it left."""
-    found = commands("README.md")
-    assert len(found) >= 18
-    for words in found:
-        desk(*words)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_are_understood(page):
+    """An option that was renamed."""
+    for script, *words in commands(page):
+        module = importlib.import_module(script[:-3].replace("/", "."))
+        if script.endswith("prepare.py"):
+            given = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+            assert given <= inspect.signature(module.main).parameters.keys(), words
+        else:
+            preset = script == "train.py" and words[:1] and not words[0].startswith("-")
+            parse(words[bool(preset):], options.Options if script == "train.py" else module.Options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_the_other_pages(desk, page):
-    """The same of docs, lessons and the comments of presets."""
+def test_the_commands_of_a_page_run(desk, page):
+    """A command that needs another run than the one before it left."""
     for words in commands(page):
         desk(*words)
+
+
+def test_commands_are_found():
+    """A pattern that matches nothing."""
+    assert len(commands("README.md")) >= 18 and len(commands("docs/results.md")) >= 8
