@@ -1,10 +1,13 @@
 """data/hops: the answers are those of a naive walk, none is read, and every script runs on such a set."""
 import shutil
 
+import numpy as np
 import pytest
 from conftest import TINY, finished_run
 from test_scripts import refused
 
+import cost
+import decode
 import evaluate
 import plot
 import run
@@ -71,6 +74,18 @@ def test_two_stages_and_every_script(hops, tmp_path, capsys):
     assert rows["fixed:2"]["exit"] == 2 and rows["full"]["mflops_paper"] == whole["mflops_paper"] > 0
     depth, tokens = plot.read_depth(second / "depth.npz")
     assert depth["present"].all() and len(tokens["exit_at"]) == 5 * len(depth["ids"])
+    row, blocks = rows["confidence:0.1"], tokens["visited"].sum(-1)
+    assert row["exit"] == pytest.approx(tokens["exit_at"].mean())
+    assert row["blocks"] == pytest.approx(blocks.mean())
+    for kind, table in row["kinds"].items():
+        here = depth["ids"][:, 4::2].ravel() == ord(kind[0])        # questions are read as k, start
+        assert kind in ("0 hops", "1 hops", "2 hops", "3 hops") and here.any()
+        assert table["exits"] == [int((tokens["exit_at"][here] == n).sum()) for n in range(1, 5)]
+        assert table["blocks"] == [int((blocks[here] == n).sum()) for n in range(5)]
+    counted = [{name: depth[name][w] for name in decode.COUNTED} for w in range(len(depth["ids"]))]
+    config = run.open_run(second, device="cpu")[3].config
+    flops = [cost.decoding(config, 306, **text)["flops"] for text in counted]
+    assert row["mflops_paper"] == pytest.approx(np.mean(flops) / 1e6)
     plot.main(["--run", str(second), "--html"])
     assert (second / "page.html").stat().st_size > 10000
     sample.main(["--run", str(second), "--max_new_tokens", "1", "--prompt", " ab bc cd da2 a"])
