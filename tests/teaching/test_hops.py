@@ -67,14 +67,14 @@ def test_two_stages_and_every_script(hops, tmp_path, capsys):
     """Exits that cannot be added to a model of one; FLOPs of the answers alone; a map without the listing."""
     words = "--block_size 14 --routed none --steps 4 --eval_windows 6"
     first = finished_run(hops, tmp_path / "a", f"{words} --exits last --rule auto")
-    words += f" --init_from {first} --exits all --rule confidence:0.1"
+    words += f" --init_from {first} --exits all --rule random"
     second = finished_run(hops, tmp_path / "b", words)
     rows = {r["rule"]: r for r in run.read_json(second / "evaluation.json", "forced")}
     whole = run.read_json(first / "evaluation.json", "forced")[0]
     assert rows["fixed:2"]["exit"] == 2 and rows["full"]["mflops_paper"] == whole["mflops_paper"] > 0
     depth, tokens = plot.read_depth(second / "depth.npz")
     assert depth["present"].all() and len(tokens["exit_at"]) == 5 * len(depth["ids"])
-    row, blocks = rows["confidence:0.1"], tokens["visited"].sum(-1)
+    row, blocks = rows["random"], tokens["visited"].sum(-1)
     assert row["exit"] == pytest.approx(tokens["exit_at"].mean())
     assert row["blocks"] == pytest.approx(blocks.mean())
     for kind, table in row["kinds"].items():
