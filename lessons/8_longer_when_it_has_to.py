@@ -3,6 +3,8 @@
 At the end you know which exits and routed blocks a model uses where the number of steps is known, and
 why its depth grows more slowly than they do. The first time it trains for a quarter of an hour."""
 # %%
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 from common import RUNS, exercise, save, trained
@@ -10,19 +12,15 @@ from common import RUNS, exercise, save, trained
 import evaluate
 import run
 
-
 # %% [markdown]
 # A row lists a cycle, " ab ca bc": a leads to b, b to c, c to a. Then come questions: "2 a" asks where
 # two steps from a lead. The answer is a target and is never read, so no answer helps the next one.
 # Classifiers on early blocks keep the model from learning two steps: their loss punishes block 1 for
 # holding a's successor, which is wrong there. So the last exit is trained alone, then all of them.
 # %%
-def stage(name, words, steps):
-    return trained(words, steps, "hops", "hops", name)
-
-
-stage("hops_one", "--exits last --lr_end 1", 1500)
-model, o, data, batches = stage("hops_two", f"--exits all --init_from {RUNS}/hops_one/001", 1500)
+stage = partial(trained, base="hops", data="hops")
+stage("--exits last --lr_end 1", 1500, name="hops_one")
+model, o, data, batches = stage(f"--exits all --init_from {RUNS}/hops_one/001", 1500, name="hops_two")
 N, say = model.config.n_layer, data.encoding.decode
 for ids, answers in zip(batches[0].ids.tolist(), batches[0].targets.tolist(), strict=True):
     words = [say([i]).strip() for i in ids]
@@ -51,7 +49,7 @@ for k in levels:
 # %% [markdown]
 # In attention all pairs can meet at once: after block 1 the token " bc" can hold "a leads to c", if " ab"
 # came before it. So every block doubles the steps: exit n is enough for 2^n - 1 of them.
-# Does a halting rule notice? Rank correlation: 1 if more hops always mean a later exit.
+# Does a halting rule notice? Rank correlation: 1 if exits rise with every hop, less if hops share one.
 # %%
 def rank_correlation(x, y):
     """Spearman's: the correlation of ranks, where equal values share their mean rank."""
@@ -61,29 +59,31 @@ def rank_correlation(x, y):
     return np.corrcoef(ranks(x), ranks(y))[0, 1]        # nan if one of them is constant
 
 
-predictor, po, *_ = stage("hops_learned", f"--init_from {RUNS}/hops_two/001 --exit_predictor geometric "
-                          "--objective exit_predictor --exit_cost 0.1 --lr 1e-2 --warmup 20", 300)
-rules = [("confidence:0.5", model, o), ("confidence:0.9", model, o), ("learned:0.5", predictor, po),
-         ("oracle:correctness:0.1", model, o), ("oracle:likelihood:0.1", model, o)]
+rules = [(name, model, o) for name in (
+    "confidence:0.5", "confidence:0.9", "oracle:correctness:0.1", "oracle:likelihood:0.1")]
+for kind in "geometric", "binary", "token":
+    predictor, po, *_ = stage(f"--init_from {RUNS}/hops_two/001 --exit_predictor {kind} --exit_cost 0.1 "
+                              "--objective exit_predictor --lr 1e-2 --warmup 20", 300, name=f"hops_{kind}")
+    rules.append(("learned" + ":0.5" * (kind != "token"), predictor, po))
 context = run.autocast(model.wte.weight.device, "float32")
 for name, trunk, options in rules:
     arrays = evaluate.under_rule(trunk, batches, name, options, context, "copy")
     exit_at, correct = arrays["exit_at"][asked], arrays["right"][asked]
-    rho = rank_correlation(hops, exit_at)
+    rho, name = rank_correlation(hops, exit_at), name.replace("learned", options.model.exit_predictor)
     print(f"{name:24s} rank correlation {rho:.2f}, right {correct.mean():.1%}")
     depth.plot(levels, [exit_at[hops == k].mean() for k in levels], "o-", mfc="none",
                label=f"{name}: {rho:.2f}, {correct.mean():.0%} right")
 
 # %% [markdown]
-# A Mixture-of-Depths has no exits; half of the tokens run a routed block. Do those with more hops?
+# A Mixture-of-Depths has no exits. Top-k runs half of the tokens, whatever they need: they compete.
 # %%
-mod, mo, *_ = stage("hops_mod", "--exits last --routed odd --capacity 0.5 --lr_end 0.3", 2500)
+mod, mo, *_ = stage("--exits last --routed odd --capacity 0.5 --lr_end 0.3", 2500, name="hops_mod")
 arrays = evaluate.under_rule(mod, batches, "full", mo, context, "copy")
 runs, correct = arrays["visited"][asked][:, [*mod.config.routed_blocks()]].sum(1), arrays["right"][asked]
 rho = rank_correlation(hops, runs)
-print(f"MoD: rank correlation of routed blocks run {rho:.2f}, right", *(
-    f"{correct[hops == k].mean():.1%}" for k in levels))
-routed.plot(levels, [runs[hops == k].mean() for k in levels], "o-", label=f"MoD 50 %: {rho:.2f}")
+print(f"MoD{'':21s} rank correlation {rho:.2f}, right {correct.mean():.1%}")
+routed.plot(levels, [runs[hops == k].mean() for k in levels], "o-",
+            label=f"MoD: {rho:.2f}, {correct.mean():.0%} right")
 exits.set(title="share that is right", xlabel="exit", xticks=range(1, N + 1), ylim=(0, 1.03))
 depth.set(title="mean exit (rank correlation)", xlabel="hops", xticks=levels, ylim=(0.9, N))
 routed.set(title="routed blocks run (mean)", xlabel="hops", xticks=levels, ylim=(0, N / 2))
