@@ -11,6 +11,7 @@ from common import RUNS, exercise, save, trained
 
 import evaluate
 import run
+from reproduce import rank_correlation
 
 # %% [markdown]
 # A row lists a cycle, " ab ca bc": a leads to b, b to c, c to a. Then come questions: "2 a" asks where
@@ -51,12 +52,9 @@ for k in levels:
 # came before it. So every block doubles the steps: exit n is enough for 2^n - 1 of them.
 # Does a halting rule notice? Rank correlation: 1 if exits rise with every hop, less if hops share one.
 # %%
-def rank_correlation(x, y):
-    """Spearman's: the correlation of ranks, where equal values share their mean rank."""
-    def ranks(values):
-        _, where, count = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(count) - (count - 1) / 2)[where]
-    return np.corrcoef(ranks(x), ranks(y))[0, 1]        # nan if one of them is constant
+def correlation(blocks):
+    """Spearman's, of hops and blocks: of their ranks, where equal values share their mean rank."""
+    return rank_correlation(np.array([np.bincount(blocks[hops == k], minlength=N + 1) for k in levels]))
 
 
 rules = [(name, model, o) for name in (
@@ -69,7 +67,7 @@ context = run.autocast(model.wte.weight.device, "float32")
 for name, trunk, options in rules:
     arrays = evaluate.under_rule(trunk, batches, name, options, context, "copy")
     exit_at, correct = arrays["exit_at"][asked], arrays["right"][asked]
-    rho, name = rank_correlation(hops, exit_at), name.replace("learned", options.model.exit_predictor)
+    rho, name = correlation(exit_at), name.replace("learned", options.model.exit_predictor)
     print(f"{name:24s} rank correlation {rho:.2f}, right {correct.mean():.1%}")
     depth.plot(levels, [exit_at[hops == k].mean() for k in levels], "o-", mfc="none",
                label=f"{name}: {rho:.2f}, {correct.mean():.0%} right")
@@ -80,7 +78,7 @@ for name, trunk, options in rules:
 mod, mo, *_ = stage("--exits last --routed odd --capacity 0.5 --lr_end 0.3", 2500, name="hops_mod")
 arrays = evaluate.under_rule(mod, batches, "full", mo, context, "copy")
 runs, correct = arrays["visited"][asked][:, [*mod.config.routed_blocks()]].sum(1), arrays["right"][asked]
-rho = rank_correlation(hops, runs)
+rho = correlation(runs)
 print(f"MoD{'':21s} rank correlation {rho:.2f}, right {correct.mean():.1%}")
 routed.plot(levels, [runs[hops == k].mean() for k in levels], "o-",
             label=f"MoD: {rho:.2f}, {correct.mean():.0%} right")

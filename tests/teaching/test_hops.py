@@ -10,6 +10,7 @@ import cost
 import decode
 import evaluate
 import plot
+import reproduce
 import run
 import sample
 import train
@@ -112,3 +113,21 @@ def test_runs_side_by_side(finished, tmp_path, capsys):
     assert "--html" in refused(capsys, plot.main, "--run", *runs, "--html")
     (runs[1] / "depth.npz").unlink()
     assert "002/depth.npz" in refused(capsys, plot.main, "--run", *runs)
+
+
+def test_rank_correlation_of_a_table(hops, tmp_path):
+    """Ranks without ties, another sign, a constant that is not nan."""
+    draw = np.random.default_rng(0)
+    x, y = draw.integers(0, 4, 200), draw.integers(0, 3, 200)
+    y += x
+    ranks = [[np.mean([*np.flatnonzero(np.sort(v) == value)]) for value in v] for v in (x, y)]
+    counts = np.array([np.bincount(y[x == n], minlength=8) for n in range(4)])
+    assert reproduce.rank_correlation(counts) == pytest.approx(np.corrcoef(ranks)[0, 1])
+    assert reproduce.rank_correlation(counts[:, ::-1]) == pytest.approx(-np.corrcoef(ranks)[0, 1])
+    assert np.isnan(reproduce.rank_correlation(np.array([[5, 0], [7, 0]])))
+    kinds = {f"{n} hops": {"blocks": row.tolist(), "right": n / 4} for n, row in enumerate(counts)}
+    rows = reproduce.by_hops({"a": {"evaluation": {"forced": [{"rule": "full", "kinds": kinds}]}}})
+    assert [row["questions"] for row in rows] == counts.sum(1).tolist()
+    assert [row["blocks"] for row in rows] == pytest.approx([y[x == n].mean() for n in range(4)])
+    assert [row["right"] for row in rows] == [0, 0.25, 0.5, 0.75]
+    assert [row["hops"] for row in rows] == [0, 1, 2, 3]
