@@ -14,14 +14,13 @@ import torch.nn.functional as F
 
 import cost
 import decode
+import options
 import run
 from data.batches import Batch
 from data.common import UserError, command, write_file
 from exits import fixed_exit, forced_exits, full_depth
 from linear import PROCESSOR
 from model import GPT, GPTConfig, position_ids
-from options import Options as TrainOptions
-from options import parse
 from train import aligned
 
 
@@ -63,16 +62,15 @@ def as_text(r):
     cells = [f"{r[name]:.3f}" if name in r else "" for name in ("layers", "flops", "bytes")]
     cells.append("{1:.3f} ({0:.3f}-{2:.3f})".format(*r["ratio"]))
     cells.append(f"{r['at_most']:.3f}" + " missed" * (r["ratio"][1] > r["at_most"]) if r["at_most"] else "")
-    cells.append(f"{r['ms']:.1f}")
-    return f"| {r['what']} | {' | '.join(cells)} |"
+    return f"| {r['what']} | {' | '.join(cells)} | {r['ms']:.1f} |"
 
 
 def random_ids(o, *size):
     return torch.randint(0, o.vocab_size, size, device=o.device)
 
 
-def gpt(o, routed="none", **options):
-    config = GPTConfig(o.n_layer, o.n_head, o.n_embd, block_size=o.block_size, routed=routed, **options)
+def gpt(o, routed="none", **more):
+    config = GPTConfig(o.n_layer, o.n_head, o.n_embd, block_size=o.block_size, routed=routed, **more)
     return GPT(config, o.vocab_size).to(o.device).eval()
 
 
@@ -90,7 +88,7 @@ def gpt2(o):
 def step(model, ids, targets):
     """Forward, all losses, backward, of our model."""
     batch = Batch(ids, targets, position_ids(ids))
-    aligned(model, batch, 1 / ids.numel(), TrainOptions())[0].backward()
+    aligned(model, batch, 1 / ids.numel(), options.Options())[0].backward()
     model.zero_grad()
 
 
@@ -191,7 +189,7 @@ def mod_part(o):
 
 @command
 def main(argv=None):
-    o = parse(argv, Options)
+    o = options.parse(argv, Options)
     if o.repeats < 1 or o.block_size < 528 + 16 * o.repeats:
         raise UserError(f"--repeats must be at least 1 and fit into --block_size {o.block_size}")
     o.device = run.device_of(o.device).type

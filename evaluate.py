@@ -178,7 +178,7 @@ def print_row(row, first):
 
 
 def by_kind(arrays, mask, kinds, L):
-    """{kind: tokens by exit 1..L and by number of blocks run 0..L, share of right predictions}."""
+    """{kind: number of its tokens at each exit 1..L and with 0..L blocks run, share that is right}."""
     blocks, table = arrays["visited"].sum(-1), {}
     for kind in np.unique(kinds[mask]).tolist():
         here = mask & (kinds == kind)
@@ -213,8 +213,8 @@ def search_thresholds(model, batches, draws, context):
         batch = batch.to(model.wte.weight.device)
         with context, torch.no_grad():
             _, said, confidence, _ = exit_scores(model, batch)
-        confidences.append(confidence[batch.mask].cpu().numpy())
-        right.append((said == batch.targets.unsqueeze(-1))[batch.mask].cpu().numpy())
+        confidences.append(confidence[batch.targets >= 0].cpu().numpy())
+        right.append((said == batch.targets.unsqueeze(-1))[batch.targets >= 0].cpu().numpy())
     confidences, right = np.concatenate(confidences), np.concatenate(right)             # (tokens,N)
     (tokens, N), best = confidences.shape, {}
     for tau in np.random.default_rng(0).random((draws, N - 1)):
@@ -285,7 +285,7 @@ def main(argv=None):
     with reading(path):
         before = run.read_json(path) if path.exists() and not o.data else {"forced": [], "translated": {}}
         for rows in (before["forced"], *before["translated"].values()):
-            merged(rows, [])        # they are rows
+            merged(rows, [])        # fails here if they are no rows
     result = {"options": json.loads(json.dumps(vars(o), default=str)), **run.environment(device),
               "parameters": sum(p.numel() for p in model.parameters()), "val": {},
               "translated": before["translated"]}

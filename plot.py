@@ -3,7 +3,6 @@
 Each function draw_X makes figures/X.png in the run's folder; main removes it if the files do not suffice."""
 import io
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 
@@ -255,7 +254,7 @@ def compare(runs):
     for i, (name, folder) in enumerate(runs.items()):
         with reading(folder / "metrics.jsonl"):
             lines = [line for line in run.read_metrics(folder) if line["kind"] == "val"]
-            lines = lines[len(lines) > 3:]
+            lines = lines[len(lines) > 3:]      # without the loss of the untrained model
             last_exit = [line["loss"].get("causal", line["loss"]["top_k"])[-1] for line in lines]
             training.plot([line["step"] for line in lines], last_exit)
         with reading(folder / "depth.npz"):
@@ -280,7 +279,7 @@ def main(argv=None):
     folder, *others = [run.find(name, options.out) for name in options.run]
     if others:
         refuse(options, ("window", "first", "tokens", "html"), "several runs are compared (--run)")
-        picture = Path(options.out, "compare.png")
+        picture = folder.parent / "compare.png"
         compare(dict(zip(options.run, [folder, *others], strict=True))).savefig(picture)
         plt.close()
         print(f"wrote {picture}")

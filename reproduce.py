@@ -81,7 +81,7 @@ def points_of(name, scale, found):
 
 
 def final_loss(point, route):
-    """Held-out loss of the last exit at the end of training; "causal" of a model that has such a choice."""
+    """Held-out loss of the last exit after training, under a routing rule; a dense model has one loss."""
     loss = point["metrics"][-1]["loss"]
     return loss.get(route, loss["top_k"])[-1]
 
@@ -129,7 +129,7 @@ def arms(found):
     rows = []
     for _, runs in itertools.groupby(models(found), lambda r: r["line"]):
         runs = list(runs)
-        best = min((r for r in runs if not r["again"]), key=lambda r: r["held_out"])
+        best = min([r for r in runs if not r["again"]] or runs, key=lambda r: r["held_out"])
         losses = [r["held_out"] for r in runs if r["mark"] == best["mark"]]
         rows.append({**best, "mean": np.mean(losses), "seeds": len(losses),
                      "each": " ".join(f"{loss:.3f}" for loss in losses)})
@@ -150,13 +150,13 @@ def by_hops(found):
     rows = []
     for name, p in found.items():
         for r in p["evaluation"]["forced"]:
-            kinds = [r["kinds"][kind] for kind in sorted(r["kinds"])]
-            counts = np.array([kind["blocks"] for kind in kinds])
+            levels = sorted(r["kinds"])         # "0 hops", "1 hops", ...
+            counts = np.array([r["kinds"][level]["blocks"] for level in levels])
             common = {"model": name, "rule": r["rule"], "rho": rank_correlation(counts), "panels": (0,),
                       "line": re.sub("-seed.*", "", name) + f", {r['rule']}", "style": "o", "mark": ""}
-            rows += [{**common, "hops": hops, "questions": n.sum(), "right": kind["right"],
-                      "blocks": n @ np.arange(len(n)) / n.sum()}
-                     for hops, (kind, n) in enumerate(zip(kinds, counts, strict=True))]
+            rows += [{**common, "hops": int(level.split()[0]), "questions": n.sum(),
+                      "right": r["kinds"][level]["right"], "blocks": n @ np.arange(len(n)) / n.sum()}
+                     for level, n in zip(levels, counts, strict=True)]
     return rows
 
 

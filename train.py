@@ -47,8 +47,9 @@ def aligned(model, batch, scale, o):
     if model.exit_predictor:
         score = -losses if o.oracle == "likelihood" else right.to(losses.dtype)
         whole = model.exit_predictor.kind == "sequence"
-        exit_at = exits.oracle(score, batch.mask, o.exit_cost, o.sigma, whole)
-        total = total + model.exit_predictor.loss(states, memory, exit_at, batch.mask) * scale * o.alpha
+        asked = batch.targets >= 0      # no target: padding, or a token of data/hops that asks nothing
+        exit_at = exits.oracle(score, asked, o.exit_cost, o.sigma, whole)
+        total = total + model.exit_predictor.loss(states, memory, exit_at, asked) * scale * o.alpha
     return total, losses.sum((0, 1))
 
 

@@ -1,13 +1,13 @@
 """Lesson 8: does the model think longer when it has to? (Both papers hope so; neither can grade it.)
 
 At the end you know which exits and routed blocks a model uses where the number of steps is known, and
-why its depth grows more slowly than they do. The first time it trains for a quarter of an hour."""
+why exits grow more slowly than steps. The first time it trains for about twenty minutes."""
 # %%
 from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
-from common import RUNS, exercise, save, trained
+from common import exercise, save, trained
 
 import evaluate
 import run
@@ -16,16 +16,16 @@ from reproduce import rank_correlation
 # %% [markdown]
 # A row lists a cycle, " ab ca bc": a leads to b, b to c, c to a. Then come questions: "2 a" asks where
 # two steps from a lead. The answer is a target and is never read, so no answer helps the next one.
-# Classifiers on early blocks keep the model from learning two steps: their loss punishes block 1 for
-# holding a's successor, which is wrong there. So the last exit is trained alone, then all of them.
+# With classifiers on all blocks from the start, two steps were not learnt: probably since block 1 is
+# to say the answer, where a's successor would be wrong. So the last exit is trained alone at first.
 # %%
 stage = partial(trained, base="hops", data="hops")
 stage("--exits last --lr_end 1", 1500, name="hops_one")
-model, o, data, batches = stage(f"--exits all --init_from {RUNS}/hops_one/001", 1500, name="hops_two")
+model, o, data, batches = stage("--exits all", 1500, name="hops_two", start="hops_one")
 N, say = model.config.n_layer, data.encoding.decode
 for ids, answers in zip(batches[0].ids.tolist(), batches[0].targets.tolist(), strict=True):
     words = [say([i]).strip() for i in ids]
-    leads = dict(words[:data.meta["listing"]])
+    leads = dict(words[:data.meta["listing"]])          # "ab" is a pair: a leads to b
     for t in range(len(leads), len(ids), 2):
         symbol = words[t + 1]
         for _ in range(int(words[t])):
@@ -38,7 +38,7 @@ print("walking step by step gives every answer of", "".join(map(say, [[i] for i 
 # %%
 targets = np.concatenate([b.targets for b in batches])
 asked = targets >= 0
-hops = np.concatenate([b.ids for b in batches])[:, :-1][asked[:, 1:]] - ord("0")    # ids below 256 are bytes
+hops = np.concatenate([b.ids for b in batches])[:, :-1][asked[:, 1:]] - ord("0")    # read just before
 levels = np.unique(hops)
 said = np.concatenate([evaluate.exit_scores(model, b)[1].detach() for b in batches])
 right = (said == targets[..., None])[asked]                                         # (questions,N)
@@ -48,8 +48,8 @@ for k in levels:
     exits.plot(range(1, N + 1), right[hops == k].mean(0), "o-", mfc="none", label=f"{k} hops")
 
 # %% [markdown]
-# In attention all pairs can meet at once: after block 1 the token " bc" can hold "a leads to c", if " ab"
-# came before it. So every block doubles the steps: exit n is enough for 2^n - 1 of them.
+# In attention all pairs can meet at once: after block 1 the later one of " ab" and " bc" can hold "a leads
+# to c". So every block can double the steps, and exit n would be enough for 2^n - 1 of them.
 # Does a halting rule notice? Rank correlation: 1 if exits rise with every hop, less if hops share one.
 # %%
 def correlation(blocks):
@@ -60,23 +60,23 @@ def correlation(blocks):
 rules = [(name, model, o) for name in (
     "confidence:0.5", "confidence:0.9", "oracle:correctness:0.1", "oracle:likelihood:0.1")]
 for kind in "geometric", "binary", "token":
-    predictor, po, *_ = stage(f"--init_from {RUNS}/hops_two/001 --exit_predictor {kind} --exit_cost 0.1 "
-                              "--objective exit_predictor --lr 1e-2 --warmup 20", 300, name=f"hops_{kind}")
-    rules.append(("learned" + ":0.5" * (kind != "token"), predictor, po))
+    options = f"--exit_predictor {kind} --objective exit_predictor --exit_cost 0.1 --lr 1e-2 --warmup 20"
+    predictor, its_options, *_ = stage(options, 300, name=f"hops_{kind}", start="hops_two")
+    rules.append(("learned" + ":0.5" * (kind != "token"), predictor, its_options))
 context = run.autocast(model.wte.weight.device, "float32")
-for name, trunk, options in rules:
-    arrays = evaluate.under_rule(trunk, batches, name, options, context, "copy")
+for name, its_model, its_options in rules:
+    arrays = evaluate.under_rule(its_model, batches, name, its_options, context, "copy")
     exit_at, correct = arrays["exit_at"][asked], arrays["right"][asked]
-    rho, name = correlation(exit_at), name.replace("learned", options.model.exit_predictor)
+    rho, name = correlation(exit_at), name.replace("learned", its_options.model.exit_predictor)
     print(f"{name:24s} rank correlation {rho:.2f}, right {correct.mean():.1%}")
     depth.plot(levels, [exit_at[hops == k].mean() for k in levels], "o-", mfc="none",
                label=f"{name}: {rho:.2f}, {correct.mean():.0%} right")
 
 # %% [markdown]
-# A Mixture-of-Depths has no exits. Top-k runs half of the tokens, whatever they need: they compete.
+# A Mixture-of-Depths has no exits. In training top-k runs half of the tokens, whatever they need.
 # %%
-mod, mo, *_ = stage("--exits last --routed odd --capacity 0.5 --lr_end 0.3", 2500, name="hops_mod")
-arrays = evaluate.under_rule(mod, batches, "full", mo, context, "copy")
+mod, mod_options, *_ = stage("--exits last --routed odd --capacity 0.5 --lr_end 0.3", 2500, name="hops_mod")
+arrays = evaluate.under_rule(mod, batches, "full", mod_options, context, "copy")
 runs, correct = arrays["visited"][asked][:, [*mod.config.routed_blocks()]].sum(1), arrays["right"][asked]
 rho = correlation(runs)
 print(f"MoD{'':21s} rank correlation {rho:.2f}, right {correct.mean():.1%}")

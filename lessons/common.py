@@ -1,10 +1,11 @@
 """Shared by the lessons: small models, trained once and kept in runs/lessons.
 
-LESSON_STEPS, LESSON_PYSOURCE and LESSON_HOPS in the environment change how long and on what. The tests set
-them, and then all is written below the current folder."""
+For the tests: LESSON_STEPS in the environment sets how long, and then all is written below the current
+folder; LESSON_PYSOURCE and LESSON_HOPS set on what."""
 import contextlib
 import io
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,24 +23,30 @@ HERE = Path() if "LESSON_STEPS" in os.environ else ROOT
 RUNS = HERE / "runs" / "lessons"
 
 
-def trained(words="", steps=150, base=SMALL, data="pysource", name=""):
-    """Train a model by `base` and further options, or find it trained -> model in eval mode, its options,
-    data set, validation batches. name: of its folder in runs/lessons; left out: made of the options."""
+def trained(options="", steps=150, base=SMALL, data="pysource", name="", start=""):
+    """Train a model by `base` (a preset or options) and further options, or find it trained -> model on the
+    CPU in eval mode, its options, data set, validation batches. name: of its folder in runs/lessons, left
+    out: made of the options; start: the name of the one whose weights it begins with."""
     data = os.environ.get(f"LESSON_{data.upper()}", data)
     steps = int(os.environ.get("LESSON_STEPS", steps))
-    out = RUNS / (name or "_".join([Path(data).name, *words.replace("--", "").split(), str(steps)]))
-    with contextlib.suppress(Exception):        # none yet, or not to its end
-        if run.load(run.find("last", out), "cpu")["step"] == steps:
-            return opened(out)
-    print(f"training a small model for {steps} steps ({name or words or 'default'}) ...", flush=True)
-    options = f"{base} {words} --data {data} --out {out} --steps {steps + 1} --stop_at {steps}"
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(options.split())
-    return opened(out)
-
-
-def opened(out):
-    _, o, _, model = run.open_run("last", out)
+    out = RUNS / (name or "_".join([Path(data).name, *options.replace("--", "").split(), str(steps)]))
+    folder, done = out / "001", -1
+    with contextlib.suppress(Exception):        # there is none
+        done = run.load(folder, "cpu")["step"]
+    if done < steps:
+        print(f"training a small model for {steps} steps ({name or options or 'default'}) ...", flush=True)
+        # one step more is planned than is made, so that train.py does not evaluate and draw in the end
+        words = [*base.split(), *options.split(), "--data", data, "--steps", steps + 1, "--out", out]
+        words += ["--init_from", RUNS / start / "001"] if start else []
+        if done >= 0:                           # it was interrupted
+            words = ["--resume", folder]
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.main([*map(str, words), "--stop_at", str(steps)])
+        if run.load(folder, "cpu")["step"] < steps:
+            raise SystemExit("interrupted: the same lesson goes on from here")
+    _, o, _, model = run.open_run(folder, device="cpu")
     data = open_data(o.data, o.translate)[1]
     return model, o, data, batches_of(data, "val", o).fixed(o.eval_windows)
 

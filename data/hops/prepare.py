@@ -6,6 +6,7 @@ In " ab ca bc2 a c0 b b" the cycle is a -> b -> c -> a; 2 steps from a lead to c
 """
 import sys
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 
@@ -15,18 +16,19 @@ sys.path.insert(0, str(HERE.parents[1]))    # for `python data/hops/prepare.py`
 from data.common import UserError, script, write_set
 
 
-@script(cycle="symbols of one document", hops="the most steps of a question, at most 9")
+@script(symbols="letters to draw from", cycle="letters of a document", hops="most steps of a question")
 def main(symbols: int = 16, cycle: int = 6, hops: int = 3, questions: int = 16, documents: int = 20000,
          out: Path = HERE):
-    if not (2 <= cycle <= symbols <= 26 and 0 <= hops <= 9 and questions > 0 and documents > 999):
-        raise UserError("use 2 <= cycle <= symbols <= 26, 0 <= hops <= 9, a question and 1000 documents")
+    enough = documents > 999 and documents * cycle > 20 * symbols**2        # every pair occurs
+    if not (2 <= cycle <= symbols <= 26 and 0 <= hops <= 9 and questions > 0 and enough):
+        raise UserError("use 2 <= cycle <= symbols <= 26, 0 <= hops <= 9, a question, and enough documents")
     rng, texts = np.random.default_rng(0), []
     for _ in range(documents):
-        names = [chr(97 + i) for i in rng.permutation(symbols)[:cycle]]     # each leads to the next
+        names = [ascii_lowercase[i] for i in rng.permutation(symbols)[:cycle]]  # each leads to the next
         text = "".join(f" {names[i - 1]}{names[i]}" for i in rng.permutation(cycle))
         for k, i in zip(rng.integers(0, hops + 1, questions), rng.integers(0, cycle, questions), strict=True):
             text += f"{k} {names[i]} {names[(i + k) % cycle]}"
         texts.append(text)
-    splits, vocab_size = {"train": texts[500:], "val": texts[:500]}, 257 + symbols**2     # pairs and symbols
+    splits, vocab_size = {"train": texts[500:], "val": texts[:500]}, 257 + symbols**2   # " a", " ab": a token
     write_set(out, splits, vocab_size, name="hops", source="generated", listing=cycle,
               size=cycle + 3 * questions + 1, prompt=text[:3 * cycle] + f"{hops} {names[0]}")
