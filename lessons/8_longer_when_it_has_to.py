@@ -42,7 +42,7 @@ hops = np.concatenate([b.ids for b in batches])[:, :-1][asked[:, 1:]] - ord("0")
 levels = np.unique(hops)
 said = np.concatenate([evaluate.exit_scores(model, b)[1].detach() for b in batches])
 right = (said == targets[..., None])[asked]                                         # (questions,N)
-figure, (exits, depth, routed) = plt.subplots(1, 3, figsize=(14, 4.2))
+figure, (exits, depth, routed) = plt.subplots(1, 3, figsize=(14, 5.5))
 for k in levels:
     print(f"{k} hops, right at exit 1 to {N}:", *(f"{x:6.1%}" for x in right[hops == k].mean(0)))
     exits.plot(range(1, N + 1), right[hops == k].mean(0), "o-", mfc="none", label=f"{k} hops")
@@ -83,10 +83,10 @@ print(f"MoD{'':21s} rank correlation {rho:.2f}, right {correct.mean():.1%}")
 routed.plot(levels, [runs[hops == k].mean() for k in levels], "o-",
             label=f"MoD: {rho:.2f}, {correct.mean():.0%} right")
 exits.set(title="share that is right", xlabel="exit", xticks=range(1, N + 1), ylim=(0, 1.03))
-depth.set(title="mean exit (rank correlation)", xlabel="hops", xticks=levels, ylim=(0.9, N))
-routed.set(title="routed blocks run (mean)", xlabel="hops", xticks=levels, ylim=(0, N / 2))
+depth.set(title="mean exit (rank correlation)", xlabel="hops", xticks=levels, ylim=(0.9, 3.1))
+routed.set(title="routed blocks run (rank correlation)", xlabel="hops", xticks=levels, ylim=(0, N / 2))
 for panel in exits, depth, routed:
-    panel.legend(fontsize=9)
+    panel.legend(loc="upper left", bbox_to_anchor=(0, -0.15), fontsize=10)
 save(figure, "8_longer_when_it_has_to")
 
 # %% [markdown]

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import plot  # noqa: E402, F401     figures look like those of the project
 import run  # noqa: E402
 import train  # noqa: E402
 from data.batches import batches_of, open_data  # noqa: E402
