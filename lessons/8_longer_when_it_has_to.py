@@ -45,7 +45,7 @@ right = (said == targets[..., None])[asked]                                     
 figure, (exits, depth, routed) = plt.subplots(1, 3, figsize=(14, 5.5))
 for k in levels:
     print(f"{k} hops, right at exit 1 to {N}:", *(f"{x:6.1%}" for x in right[hops == k].mean(0)))
-    exits.plot(range(1, N + 1), right[hops == k].mean(0), "o-", mfc="none", label=f"{k} hops")
+    exits.plot(range(1, N + 1), right[hops == k].mean(0), "o-", lw=5 - k, label=f"{k} hops")
 
 # %% [markdown]
 # In attention all pairs can meet at once: after block 1 the later one of " ab" and " bc" can hold "a leads
@@ -64,13 +64,13 @@ for kind in "geometric", "binary", "token":
     predictor, its_options, *_ = stage(options, 300, name=f"hops_{kind}", start="hops_two")
     rules.append(("learned" + ":0.5" * (kind != "token"), predictor, its_options))
 context = run.autocast(model.wte.weight.device, "float32")
-for name, its_model, its_options in rules:
+for i, (name, its_model, its_options) in enumerate(rules):
     arrays = evaluate.under_rule(its_model, batches, name, its_options, context, "copy")
     exit_at, correct = arrays["exit_at"][asked], arrays["right"][asked]
     rho, name = correlation(exit_at), name.replace("learned", its_options.model.exit_predictor)
     print(f"{name:24s} rank correlation {rho:.2f}, right {correct.mean():.1%}")
-    depth.plot(levels, [exit_at[hops == k].mean() for k in levels], "o-", mfc="none",
-               label=f"{name}: {rho:.2f}, {correct.mean():.0%} right")
+    depth.plot(levels, [exit_at[hops == k].mean() for k in levels], "o-", lw=8 - i,
+               label=f"{name}: {rho:.2f}, {correct.mean():.1%} right")
 
 # %% [markdown]
 # A Mixture-of-Depths has no exits. In training top-k runs half of the tokens, whatever they need.
@@ -81,10 +81,10 @@ runs, correct = arrays["visited"][asked][:, [*mod.config.routed_blocks()]].sum(1
 rho = correlation(runs)
 print(f"MoD{'':21s} rank correlation {rho:.2f}, right {correct.mean():.1%}")
 routed.plot(levels, [runs[hops == k].mean() for k in levels], "o-",
-            label=f"MoD: {rho:.2f}, {correct.mean():.0%} right")
+            label=f"MoD: {rho:.2f}, {correct.mean():.1%} right")
 exits.set(title="share that is right", xlabel="exit", xticks=range(1, N + 1), ylim=(0, 1.03))
-depth.set(title="mean exit (rank correlation)", xlabel="hops", xticks=levels, ylim=(0.9, 3.1))
-routed.set(title="routed blocks run (rank correlation)", xlabel="hops", xticks=levels, ylim=(0, N / 2))
+depth.set(title="mean exit (rank correlation)", xlabel="hops", xticks=levels, yticks=[1, 2, 3])
+routed.set(title="routed blocks run (rank correlation)", xlabel="hops", xticks=levels, yticks=[0, 1, 2, 3])
 for panel in exits, depth, routed:
     panel.legend(loc="upper left", bbox_to_anchor=(0, -0.15), fontsize=10)
 save(figure, "8_longer_when_it_has_to")
