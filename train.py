@@ -109,7 +109,7 @@ def begin(o):
     if o.init_from:
         other = run.find(o.init_from, o.out)
         run.same_data(other, source, ("tokenizer.json",))
-        run.fill(model, run.load(other, device), other, new=("exit_predictor.", "classifiers."))
+        run.fill(model, run.load(other, device), other, new=("exit_predictor.", "classifiers.norms."))
     folder = run.new_folder(o.out)
     for name in ("meta.json", "tokenizer.json"):
         shutil.copy(source / name, folder / name)

@@ -91,7 +91,8 @@ def test_two_stages_and_every_script(hops, tmp_path, capsys):
     assert (second / "page.html").stat().st_size > 10000
     sample.main(["--run", str(second), "--max_new_tokens", "1", "--prompt", " ab bc cd da2 a"])
     evaluate.main(["--run", str(second), "--rules", "oracle:correctness", "oracle:likelihood:0.1:2"])
-    shutil.copytree(hops, tmp_path / "other")
+    separate = ["--data", hops, "--out", tmp_path / "c", "--init_from", first, "--classifier", "separate"]
+    assert "another model" in refused(capsys, train.main, *separate)      # its matrix would be a new one
     assert "block_size" in refused(capsys, train.main, "--data", hops, *TINY, "--block_size", 13)
 
 
