@@ -296,7 +296,7 @@ def main(argv=None):
     depth = under_rule(model, batches, named, trained, context, o.exited_kv)
     depth |= lens(model, batches, context)
     depth["sources"] = np.array([S for batch in batches for S in batch.sources()])
-    depth["kind"] = kinds_of(data.encoding)[depth["ids"]]
+    depth["kind"] = kinds_of(data.encoding)[depth["targets" if trained.translate else "ids"]]
     if data.meta.get("listing"):        # data/hops: the token before a start says how many steps
         depth["kind"] = np.char.add((np.roll(depth["ids"], 1, 1) - ord("0")).astype(str), " hops")
     depth["routed"] = np.array([n in trained.model.routed_blocks() for n in range(L)])

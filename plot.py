@@ -151,7 +151,7 @@ def draw_depth(path):
 @np.errstate(invalid="ignore")      # a correlation with a constant is nan
 def draw_when(path):
     """Shares of all tokens by what each block did with them; mean number of blocks run by decile of loss, by
-    decile of entropy and by kind of the token read."""
+    decile of entropy and by kind of the token read, in a translation of the one written."""
     depth, tokens = read_depth(path)
     cells, blocks, L = tokens["cells"], tokens["blocks"], len(depth["routed"])
     if len(np.unique(blocks)) == 1:
