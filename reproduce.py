@@ -86,20 +86,21 @@ def final_loss(point, route):
     return loss.get(route, loss["top_k"])[-1]
 
 
-def translations(found):
-    """{point: its JSON} -> rows by rule, on the one split translated; learned exits in panels below."""
+def rules(found):
+    """{point: its JSON} -> rows by rule, translated or on validation texts; learned exits in panels below."""
     rows = []
     for name, point in found.items():
-        beam = point["evaluation"]["options"]["beam"]
-        [(split, translated)] = point["evaluation"]["translated"].items()
-        for r in translated:
+        beam, of_texts = point["evaluation"]["options"]["beam"], point["evaluation"]["forced"]
+        [(split, measured)] = point["evaluation"]["translated"].items() or [("val", of_texts)]
+        for r in measured:
             kind, value = kind_of(r["rule"]), r["rule"].partition(":")[2]
-            line = re.sub("-seed.*", "", name) + f", {kind}" * (kind not in ("fixed", "learned"))
+            line = re.sub("-seed.*|-[0-9]+x.*", "", name) + f", {kind}" * (kind not in ("fixed", "learned"))
             rows.append({**r, "model": name, "split": split, "line": line,
                          "panels": (0, 1) if line == "aligned" else (int(kind == "learned"),),
                          "style": "o-" if kind == "fixed" else "s:",
                          "mark": value if kind in ("confidence", "learned") else "",
-                         "note": f"beam {beam}, FLOPs of {r['flops_of']}; {r['signature']}"})
+                         "note": f"beam {beam}, FLOPs of {r['flops_of']}; {r['signature']}" if "bleu" in r
+                         else "held-out texts, read as they stand"})
     return rows
 
 
@@ -160,7 +161,7 @@ def by_hops(found):
     return rows
 
 
-ROWS = {"translations": translations, "models": models, "arms": arms, "by_hops": by_hops}
+ROWS = {"rules": rules, "models": models, "arms": arms, "by_hops": by_hops}
 
 
 def draw_figure(rows, y, y_label, xs):

@@ -46,8 +46,7 @@ def aligned(model, batch, scale, o):
     losses, right = (torch.stack(parts, -1) for parts in zip(*judged, strict=True))         # (B,T,N)
     if model.exit_predictor:
         score = -losses if o.oracle == "likelihood" else right.to(losses.dtype)
-        whole = model.exit_predictor.kind == "sequence"
-        asked = batch.targets >= 0      # no target: padding, or a token of data/hops that asks nothing
+        asked, whole = batch.targets >= 0, model.exit_predictor.kind == "sequence"
         exit_at = exits.oracle(score, asked, o.exit_cost, o.sigma, whole)
         total = total + model.exit_predictor.loss(states, memory, exit_at, asked) * scale * o.alpha
     return total, losses.sum((0, 1))

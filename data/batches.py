@@ -19,7 +19,7 @@ from routing import NO_POSITION
 
 class Batch(NamedTuple):
     ids: torch.Tensor               # (B,T)
-    targets: torch.Tensor           # (B,T) the next tokens, -1 at padding
+    targets: torch.Tensor           # (B,T) the next tokens, -1 where nothing is asked, as at padding
     pos: torch.Tensor               # (B,T) positions, NO_POSITION at padding
     source: tuple | None = None     # ids and positions (B,S) of the source, for translation
 
