@@ -198,7 +198,7 @@ def forced(model, batches, names, trained, context, o, known, kinds):
         texts = [({k: arrays[k][w, present[w]] for k in COUNTED}, S) for w, S in enumerate(sources)]
         rows.append({"rule": name, **{key: float(arrays[key][mask].mean()) for key in ("loss", "right")},
                      "exited_kv": o.exited_kv, **depth_and_cost(model, texts, o.exited_kv),
-                     "exit": float(arrays["exit_at"][mask].mean()),
+                     "exit": float(arrays["exit_at"][mask].mean()),     # of targets; FLOPs are those of all
                      "blocks": float(arrays["visited"][mask].sum(1).mean()),
                      "kinds": by_kind(arrays, mask, kinds, model.config.n_layer)})
         print_row(rows[-1], first=len(rows) == 1)

@@ -35,6 +35,11 @@ def commands(page):
     return [shlex.split(line, comments=True)[1:] for line in found if not re.search(ELSEWHERE, line)]
 
 
+def module_of(script):
+    """data/text/prepare.py -> the module data.text.prepare."""
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
 @pytest.fixture
 def desk(finished, dataset, pairs, tmp_path, monkeypatch):
     """A folder with a finished run and the files that the commands read -> a function that runs a command."""
@@ -69,7 +74,7 @@ def desk(finished, dataset, pairs, tmp_path, monkeypatch):
                 more += ["--data", str(pairs), "--translate", "aa-bb"]
             else:
                 more += ["--data", str(dataset)]
-        importlib.import_module(script[:-3].replace("/", ".")).main([*words, *more])
+        module_of(script).main([*words, *more])
     return run
 
 
@@ -77,7 +82,7 @@ def desk(finished, dataset, pairs, tmp_path, monkeypatch):
 def test_the_commands_of_a_page_are_understood(page):
     """An option that was renamed."""
     for script, *words in commands(page):
-        module = importlib.import_module(script[:-3].replace("/", "."))
+        module = module_of(script)
         if script.endswith("prepare.py"):
             given = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
             assert given <= inspect.signature(module.main).parameters.keys(), words
