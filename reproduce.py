@@ -61,8 +61,8 @@ def sized(train, shape, words):
         f"--save_every {max(1, steps // 5)} --eval_windows 256"
 
 
-def points_of(name, scale, found):
-    """The points of an experiment. found: {point: its JSON} so far; the best shape in it gets more seeds."""
+def points_of(name, scale, found, asked=()):
+    """The points of an experiment: more seeds of an arm's best shape in found {point: its JSON}, or as asked."""
     table, points, seeds = EXPERIMENTS[name], [], []
     words = {"scale": scale} | table | SCALES[scale]
     for entry in table["points"]:
@@ -71,12 +71,12 @@ def points_of(name, scale, found):
         mine = [Point(f"{entry['name']}-{shape}", sized(entry["train"], shape, words), evaluate, start)
                 for shape in shapes] or [Point(entry["name"], filled(entry["train"], words), evaluate, start)]
         points += mine
-        if all(p.name in found for p in mine):
-            best = min(mine, key=lambda p: final_loss(found[p.name], "causal"))
-            for n in range(1, entry.get("seeds", 1)):
-                same = f"{best.start}-seed{n}"
-                seeds.append(Point(f"{best.name}-seed{n}", f"{best.train} --seed {1000 + n}", best.evaluate,
-                                   same if same in [p.name for p in seeds] else best.start))
+        whole = all(p.name in found for p in mine)
+        best = min(mine, key=lambda p: final_loss(found[p.name], "causal")) if whole else None
+        for n, p in itertools.product(range(1, entry.get("seeds", 1)), mine):
+            if p is best or f"{p.name}-seed{n}" in asked:
+                again = f"{p.train} --seed {1000 + n}" if p.train else ""
+                seeds.append(Point(f"{p.name}-seed{n}", again, p.evaluate, p.start and f"{p.start}-seed{n}"))
     return points + seeds
 
 
@@ -296,7 +296,7 @@ def main(argv=None):
     while True:
         with reading(results / "*.json"):
             done = {run.read_json(p, "point"): run.read_json(p) for p in sorted(results.glob("*.json"))}
-            points = {p.name: p for p in points_of(o.name, o.scale, done)}
+            points = {p.name: p for p in points_of(o.name, o.scale, done, o.points)}
             found = {name: done[name] for name in [*points, *done] if name in done}  # of older versions last
         wanted = o.points or points
         if not set(wanted) <= set(points):
