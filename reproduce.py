@@ -62,7 +62,7 @@ def sized(train, shape, words):
 
 
 def points_of(name, scale, found, asked=()):
-    """The points of an experiment: more seeds of an arm's best shape in found {point: its JSON}, or as asked."""
+    """The points of an experiment; more seeds of the best shape in found {point: its JSON}, or as asked."""
     table, points, seeds = EXPERIMENTS[name], [], []
     words = {"scale": scale} | table | SCALES[scale]
     for entry in table["points"]:
