@@ -91,11 +91,13 @@ def rules(found):
     rows = []
     for name, point in found.items():
         beam, of_texts = point["evaluation"]["options"]["beam"], point["evaluation"]["forced"]
-        [(split, measured)] = point["evaluation"]["translated"].items() or [("val", of_texts)]
+        translated = point["evaluation"]["translated"]
+        split, measured = [("val", of_texts), *translated.items()][-1]
+        on_val = {r["rule"]: r.get("bleu") for r in translated.get("val", measured)}
         for r in measured:
             kind, value = kind_of(r["rule"]), r["rule"].partition(":")[2]
             line = re.sub("-seed.*|-[0-9]+x.*", "", name) + f", {kind}" * (kind not in ("fixed", "learned"))
-            rows.append({**r, "model": name, "split": split, "line": line,
+            rows.append({**r, "model": name, "split": split, "line": line, "val": on_val[r["rule"]],
                          "panels": (0, 1) if line == "aligned" else (int(kind == "learned"),),
                          "style": "o-" if kind == "fixed" else "s:",
                          "mark": value if kind in ("confidence", "learned") else "",
