@@ -32,6 +32,7 @@ import tyro
 
 HERE = Path(__file__).resolve().parent
 EOT = "<|endoftext|>"       # the one special token, id V-1
+VAL_SHARE = 0.05            # of the documents, or of a single one
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 ARCHIVE_LIMIT = 2 << 30     # bytes taken from one archive: a small one can unpack to more than the memory
 
@@ -260,26 +261,25 @@ def read_texts(sources, suffixes=(), skip=()):
     return sorted((name, text) for text, name in names.items())
 
 
-def cut_at_line(text, val_share):
-    """text -> {"train": [head], "val": [tail]}, the tail being val_share of it, cut at the nearest line end.
-    Without a line end near enough (either side would vanish) the cut is within a line."""
+def cut_at_line(text):
+    """text -> {"train": [head], "val": [tail]}, cut at the last line end of the first 95 %; within a line if
+    that end is in the first half."""
     if len(text) < 2:
         raise UserError("the text is too small to split into train and val: give more text")
-    target = min(max(1, round(len(text) * (1 - val_share))), len(text) - 1)
-    ends = text.rfind("\n", 0, target) + 1, text.find("\n", target) + 1
-    near = [end for end in ends if abs(end - target) < min(target, len(text) - target)]
-    cut = min(near, key=lambda end: abs(end - target), default=target)
+    target = min(max(1, round(len(text) * (1 - VAL_SHARE))), len(text) - 1)
+    end = text.rfind("\n", 0, target) + 1
+    cut = end if end > len(text) / 2 else target
     return {"train": [text[:cut]], "val": [text[cut:]]}
 
 
-def split_by_document(named_texts, val_share=0.05):
+def split_by_document(named_texts):
     """[(name, text)] -> {"train": [text], "val": [text]}, whole documents, chosen by a hash of the name.
     Neither side is empty: a single document is cut at a line end instead."""
     if len(named_texts) == 1:
-        return cut_at_line(named_texts[0][1], val_share)
+        return cut_at_line(named_texts[0][1])
     by_hash = sorted(named_texts, key=lambda item: hashlib.sha256(item[0].encode()).digest())
     texts = [text for _, text in by_hash]
-    n_val = max(1, round(len(texts) * val_share))
+    n_val = max(1, round(len(texts) * VAL_SHARE))
     return {"train": texts[n_val:], "val": texts[:n_val]}
 
 

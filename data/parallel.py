@@ -8,9 +8,6 @@ import tiktoken
 
 from data.common import UserError, load_splits, reading, write_set
 
-# A frequent word that the other languages do not have: tells swapped files from right ones.
-TELLTALE = {"de": "und", "en": "and", "fr": "et", "es": "el", "cs": "na"}
-
 
 def sentence_ids(encoding, line):
     """One sentence -> list of ids with EOT. A space precedes it: its first word is cut like any other."""
@@ -44,9 +41,9 @@ def read_lines(path):
     return lines[:-1] if lines[-1] == "" else lines     # not splitlines: U+2028 ends no line here
 
 
-def read_pairs(paths, languages, split):
+def read_pairs(paths, split):
     """Two aligned files -> list of pairs of lines; pairs with a blank line are left out of train. UserError
-    for a blank line in another split, unequal line counts, the same text twice, files that look swapped."""
+    for a blank line in another split, unequal line counts, the same text twice."""
     texts = [[line.strip() for line in read_lines(path)] for path in paths]
     (a, b), count = paths, len(texts[0])
     if count != len(texts[1]):
@@ -61,19 +58,7 @@ def read_pairs(paths, languages, split):
         raise UserError(f"{a} and {b} are {'the same text' if pairs else 'empty'}")
     if len(pairs) < count:
         print(f"left out of {split}: {count - len(pairs):,} pairs with an empty side")
-    for path, lines, language, other in zip(paths, texts, languages, languages[::-1], strict=True):
-        words = " ".join(lines).lower().split()
-        own, foreign = (words.count(TELLTALE.get(name)) for name in (language, other))
-        if foreign > own and language in TELLTALE:
-            raise UserError(f"{path} does not look like '{language}': it has the word '{TELLTALE[other]}' "
-                            f"{foreign} times and '{TELLTALE[language]}' {own} times")
     return pairs
-
-
-def read_folder(folder, names, languages):
-    """{split: name of its files up to the language} -> {split: pairs of lines}."""
-    return {split: read_pairs([Path(folder, f"{name}.{lang}") for lang in languages], languages, split)
-            for split, name in names.items()}
 
 
 def write_pairs(out, splits, vocab_size, *, languages, name, source, tokenize="13a"):

@@ -95,7 +95,7 @@ def test_split_is_by_document_and_does_not_move():
     assert sorted(split["train"] + split["val"]) == sorted(CODE)
     assert sorted(split["val"]) == sorted(CODE[n] for n in (0, 7, 21, 27, 57))
     assert all(common.split_by_document(named[:2]).values())
-    for string, size in (("line line\n" * 103, 50), ("line line\n" * 97, 50), ("no end " * 100, 35),
+    for string, size in (("line line\n" * 103, 60), ("line line\n" * 97, 50), ("no end " * 100, 35),
                          ("short\n" + "x" * 994, 50), ("ab", 1), ("a\n", 1)):
         split = common.split_by_document([("book.txt", string)])
         [head], [tail] = split["train"], split["val"]

@@ -35,12 +35,12 @@ def test_a_set_comes_back_as_it_was(pairs):
 
 @pytest.mark.parametrize("words, said", [
     ("de short", "has 12 lines|short has 11"), ("de de", "the same text"), ("blank blank", "are empty"),
-    ("en de", "does not look like 'de'"), ("de latin", "cannot read latin"), ("one two", "cannot be split"),
+    ("de latin", "cannot read latin"), ("one two", "cannot be split"),
     ("de nowhere", "nowhere"), ("de broken.gz", "cannot read broken"), ("de en --vocab-size 4000", "yields"),
-    ("de en --languages de de", "two different names"), ("de en --tokenize 13b", "13b: sacrebleu has|13a"),
+    ("de en --languages de de", "two different names"), ("de en --tokenize 13b", "13b|13a"),
     ("de en --val de gap", "gap: line 2 is blank"), ("de en --test gap en", "gap: line 2 is blank")])
 def test_files_that_do_not_belong_together_are_refused(tmp_path, capsys, monkeypatch, words, said):
-    """Training on misaligned, swapped or identical texts without a word; scoring against nothing."""
+    """Training on misaligned or identical texts without a word; scoring against nothing."""
     monkeypatch.chdir(write_files(tmp_path, {
         "de": DE, "en": EN, "short": EN[EN.index("\n") + 1:], "blank": " \n" * 3, "one": "1\n", "two": "2\n",
         "gap": EN.replace("and a man", " "), "latin": ("käse\n" * 12).encode("latin-1"),

@@ -12,13 +12,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # for `python data/multi30k/prepare.py`
 
 from data.common import download, script
-from data.parallel import read_folder, write_pairs
+from data.parallel import read_pairs, write_pairs
 
 URLS = (
     "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/",
     "https://cdn.jsdelivr.net/gh/multi30k/dataset@master/data/task1/raw/",
 )
-NAMES = {split: split for split in ("train", "val", "test_2016_flickr", "test_2017_flickr")}
+SPLITS = "train", "val", "test_2016_flickr", "test_2017_flickr"
 
 
 @script(source="a folder that has the files; without it, they are downloaded")
@@ -27,6 +27,7 @@ def main(source: Path | None = None, vocab_size: int = 4096, out: Path = HERE):
         for line in (HERE / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
             checksum, name = line.split()
             download([url + name for url in URLS], HERE / name, checksum)
-    splits = read_folder(source or HERE, NAMES, ("de", "en"))
+    folder = source or HERE
+    splits = {name: read_pairs([folder / f"{name}.de", folder / f"{name}.en"], name) for name in SPLITS}
     write_pairs(out, splits, vocab_size, languages=("de", "en"), name="multi30k",
                 source="captions, English and German")
