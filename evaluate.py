@@ -69,9 +69,11 @@ def kinds_of(encoding):
     """(V,) kind of every token by its first character that is no space: word, number, punctuation, space."""
     kinds = []
     for i in range(encoding.n_vocab - 1):
-        first = encoding.decode_single_token_bytes(i).strip()[:1]
+        text = encoding.decode_single_token_bytes(i).strip()
+        first = text[:1]
         word = first.isalpha() or first == b"_" or first > b"\x7f"      # or a letter of several bytes
-        kinds.append("word" if word else "number" if first.isdigit() else "punctuation" if first else "space")
+        kind = "word" if word else "number" if first.isdigit() else "punctuation" if first else "space"
+        kinds.append("." if text == b"." else kind)
     return np.array([*kinds, "end"])
 
 
@@ -177,6 +179,12 @@ def print_row(row, first):
     print("| " + " | ".join(format(row[key], form) for key, (_, form) in columns.items()) + " |", flush=True)
 
 
+def tenths_of(mask):
+    """(W,T) bool -> (W,T) "tenth 01" to "tenth 10": where a token stands among those of its text."""
+    place = (mask.cumsum(1) - 1) * 10 // np.maximum(mask.sum(1, keepdims=True), 1) + 1
+    return np.char.add("tenth ", np.char.zfill(place.astype(str), 2))
+
+
 def by_kind(arrays, mask, kinds, L):
     """{kind: number of its tokens at each exit 1..L and with 0..L blocks run, share that is right}."""
     blocks, table = arrays["visited"].sum(-1), {}
@@ -200,7 +208,8 @@ def forced(model, batches, names, trained, context, o, known, kinds):
                      "exited_kv": o.exited_kv, **depth_and_cost(model, texts, o.exited_kv),
                      "exit": float(arrays["exit_at"][mask].mean()),     # of targets; FLOPs are those of all
                      "blocks": float(arrays["visited"][mask].sum(1).mean()),
-                     "kinds": by_kind(arrays, mask, kinds, model.config.n_layer)})
+                     "kinds": by_kind(arrays, mask, kinds, model.config.n_layer),
+                     "tenths": by_kind(arrays, mask, tenths_of(mask), model.config.n_layer)})
         print_row(rows[-1], first=len(rows) == 1)
     return rows
 

@@ -250,19 +250,15 @@ def compare(runs):
     """{name: folder} side by side: held-out loss of the last exit over training, share of the tokens by
     blocks run, held-out loss against mean exit of the rules that evaluate.py compared."""
     fig, (training, shares, frontier) = plt.subplots(1, 3, figsize=(16, 4.4))
-    width = 0.8 / len(runs)
-    for i, (name, folder) in enumerate(runs.items()):
-        with reading(folder / "metrics.jsonl"):
+    for name, folder in runs.items():
+        with reading(folder):
             lines = [line for line in run.read_metrics(folder) if line["kind"] == "val"]
             lines = lines[len(lines) > 3:]      # without the loss of the untrained model
             last_exit = [line["loss"].get("causal", line["loss"]["top_k"])[-1] for line in lines]
             training.plot([line["step"] for line in lines], last_exit)
-        with reading(folder / "depth.npz"):
             depth, tokens = read_depth(folder / "depth.npz")
             share = np.bincount(tokens["blocks"]) / len(tokens["blocks"])
-            shares.bar(np.arange(len(share)) + width * (i + 0.5) - 0.4, share, width,
-                       label=f"{name}: {depth['rule']}, {tokens['blocks'].mean():.2f} blocks run on average")
-        with reading(folder / "evaluation.json"):
+            shares.plot(share, label=f"{name}: {depth['rule']}, mean {tokens['blocks'].mean():.2f}")
             rows = run.read_json(folder / "evaluation.json", "forced")
             frontier.plot([r["exit"] for r in rows], [r["loss"] for r in rows], ls="", mfc="none", ms=8)
     training.set(xlabel="training step", ylabel="held-out loss of the last exit (nats)")
