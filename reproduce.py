@@ -1,8 +1,8 @@
 """Reproduce a result, point by point: python reproduce.py dat --scale cpu --source DIR
 
 A point is one training run and its evaluation; experiments.toml has the points of every experiment.
-results/NAME-SCALE/ gets POINT.json (numbers, options, command, commit, hardware), translations, table.md and
-figure.png, drawn from the JSON files alone. A point that has its JSON is not run again, an interrupted one
+results/NAME-SCALE/ gets POINT.json (numbers, options, command, commit, hardware), and table.md and figure.png
+drawn from the JSON files alone. A point that has its JSON is not run again, an interrupted one
 goes on from its checkpoint: give the same command.
 """
 import itertools
@@ -86,23 +86,37 @@ def final_loss(point, route):
     return loss.get(route, loss["top_k"])[-1]
 
 
+def arm(point):
+    """The name of a point without its seed, shape and lambda: a line of a figure."""
+    return re.sub(r"-seed\d+|-\d+x\d+|-lambda.*", "", point)
+
+
 def rules(found):
-    """{point: its JSON} -> rows by rule, translated or on validation texts; learned exits in panels below."""
+    """{point: its JSON} -> rows by rule, translated or on validation texts. The lowest rank: the lowest mean
+    exit within 0.1 validation BLEU of full depth."""
     rows = []
     for name, point in found.items():
-        beam, of_texts = point["evaluation"]["options"]["beam"], point["evaluation"]["forced"]
-        translated = point["evaluation"]["translated"]
-        split, measured = [("val", of_texts), *translated.items()][-1]
-        on_val = {r["rule"]: r.get("bleu") for r in translated.get("val", measured)}
+        beam, translated = point["evaluation"]["options"]["beam"], point["evaluation"]["translated"]
+        split, measured = [("val", point["evaluation"]["forced"]), *translated.items()][-1]
+        on_val = {r["rule"]: r.get("bleu", 0) for r in translated.get("val", measured)}
         for r in measured:
-            kind, value = kind_of(r["rule"]), r["rule"].partition(":")[2]
-            line = re.sub("-seed.*|-[0-9]+x.*", "", name) + f", {kind}" * (kind not in ("fixed", "learned"))
-            rows.append({**r, "model": name, "split": split, "line": line, "val": on_val[r["rule"]],
-                         "panels": (0, 1) if line == "aligned" else (int(kind == "learned"),),
-                         "style": "o-" if kind == "fixed" else "s:",
-                         "mark": value if kind in ("confidence", "learned") else "",
+            kind = kind_of(r["rule"])
+            line = arm(name) + f", {kind}" * (kind not in ("fixed", "learned"))
+            rows.append({**r, "model": name, "split": split, "score": on_val[r["rule"]], "line": line,
+                         "mark": "", "style": {"fixed": "o-", "confidence": "s:"}.get(kind, "s"),
                          "note": f"beam {beam}, FLOPs of {r['flops_of']}; {r['signature']}" if "bleu" in r
                          else "held-out texts, read as they stand"})
+    goal = max((r["score"] for r in rows if r["rule"] == "full"), default=0) - 0.1
+    return [{**r, "rank": (0, r["exit"]) if r["score"] >= goal else (1, -r["score"])} for r in rows]
+
+
+def by_exit(found):
+    """{point: its JSON} -> a row for each model, validation BLEU at each exit; smaller models have one."""
+    rows = []
+    for _, exits in itertools.groupby(rules(found), lambda r: r["model"]):
+        exits = list(exits)
+        bleu = {"random" if r["rule"] == "random" else round(r["exit"]): f"{r['score']:.2f}" for r in exits}
+        rows.append({**exits[0], "at": [bleu.get(n, "") for n in ("random", 1, 2, 3, 4, 5, 6)]})
     return rows
 
 
@@ -114,29 +128,27 @@ def models(found):
         config = GPTConfig(**{field: o[field] for field in GPTConfig.__dataclass_fields__ if field in o})
         shares = dict.fromkeys(("accuracy", "base_rate", "precision", "recall"), "")
         shares |= {share: f"{value:.1%}" for share, value in last.get("predictor", {}).items()}
-        rows.append({**o, **p, **full, **shares, "model": name, "line": re.sub(r"-\d+x\d+.*", "", name),
-                     "again": "-seed" in name, "panels": (0,), "style": "o",
-                     "mark": f"{o['n_layer']} x {o['n_embd']}",
-                     "top_k": final_loss(p, "top_k"), "held_out": final_loss(p, "causal"),
+        loss = final_loss(p, "causal")
+        rows.append({**o, **p, **full, **shares, "model": name, "line": arm(name), "style": "o",
+                     "mark": f"{o['n_layer']} x {o['n_embd']}", "rank": ("-seed" in name, loss),
+                     "top_k": final_loss(p, "top_k"), "score": loss,
                      "epochs": o["steps"] * o["batch_size"] * o["block_size"] / p["tokens"],
                      "forward": cost.forward(config, p["vocab_size"], o["block_size"])})
-    unit = min([r for r in rows if r["line"] == "dense"] or rows, key=lambda r: r["held_out"], default=None)
+    unit = min([r for r in rows if r["line"] == "dense"] or rows, key=lambda r: r["rank"], default=None)
     for r in rows:
         r |= {"relative": r["forward"] / unit["forward"], "time": r["step_seconds"] / unit["step_seconds"]}
-    lines = [r["line"] for r in rows]
-    return sorted(rows, key=lambda r: (lines.index(r["line"]), r["parameters"], r["model"]))
+    return sorted(rows, key=lambda r: (r["line"], r["parameters"], r["model"]))
 
 
-def arms(found):
-    """{point: its JSON} -> a row for each arm: its best shape, the losses of all seeds there."""
-    rows = []
-    for _, runs in itertools.groupby(models(found), lambda r: r["line"]):
-        runs = list(runs)
-        best = min([r for r in runs if not r["again"]] or runs, key=lambda r: r["held_out"])
-        losses = [r["held_out"] for r in runs if r["mark"] == best["mark"]]
-        rows.append({**best, "mean": np.mean(losses), "seeds": len(losses),
-                     "each": " ".join(f"{loss:.3f}" for loss in losses)})
-    return rows
+def best_of(rows):
+    """Rows -> of each "line" the one with the lowest "rank"; the "score" of all that have its "mark"."""
+    best = []
+    for line in dict.fromkeys(r["line"] for r in rows):
+        row = min((r for r in rows if r["line"] == line), key=lambda r: r["rank"])
+        scores = [r["score"] for r in rows if (r["line"], r["mark"]) == (line, row["mark"])]
+        best.append({**row, "mean": np.mean(scores), "tried": len(scores),
+                     "each": " ".join(f"{score:.3f}" for score in scores)})
+    return best
 
 
 @np.errstate(invalid="ignore")      # a correlation with a constant is nan
@@ -148,60 +160,60 @@ def rank_correlation(counts):
     return x @ counts @ y / np.sqrt((x * x) @ rows * ((y * y) @ columns))
 
 
-def by_hops(found):
-    """{point: its JSON} -> rows by rule and number of hops, with the correlation of hops and blocks run."""
+def by_kind(found):
+    """{point: its JSON} -> rows by rule and kind of token or tenth of the text, with the correlation of the
+    kind, in the order of its name, and the blocks run."""
     rows = []
     for name, p in found.items():
-        for r in p["evaluation"]["forced"]:
-            levels = sorted(r["kinds"])         # "0 hops", "1 hops", ...
-            counts = np.array([r["kinds"][level]["blocks"] for level in levels])
-            common = {"model": name, "rule": r["rule"], "rho": rank_correlation(counts), "panels": (0,),
-                      "line": re.sub("-seed.*", "", name) + f", {r['rule']}", "style": "o", "mark": ""}
-            rows += [{**common, "hops": int(level.split()[0]), "questions": n.sum(),
-                      "right": r["kinds"][level]["right"], "blocks": n @ np.arange(len(n)) / n.sum()}
-                     for level, n in zip(levels, counts, strict=True)]
+        for r, key in itertools.product(p["evaluation"]["forced"], ("kinds", "tenths")):
+            kinds = sorted(r.get(key, ()))      # "0 hops", "1 hops", ...
+            counts = [np.array([r[key][kind][counted] for kind in kinds]) for counted in ("exits", "blocks")]
+            line, rho = f"{arm(name)}, {r['rule']}", rank_correlation(counts[1]) if kinds else 0
+            for kind, exits, blocks in zip(kinds, *counts, strict=True):
+                rows.append({"model": name, "rule": r["rule"], "line": line, "kind": kind, "rho": rho,
+                             "tokens": blocks.sum(), "right": r[key][kind]["right"], "style": "o",
+                             "exit": exits @ np.arange(1, len(exits) + 1) / exits.sum(),
+                             "blocks": blocks @ np.arange(len(blocks)) / blocks.sum()})
     return rows
 
 
-ROWS = {"rules": rules, "models": models, "arms": arms, "by_hops": by_hops}
+ROWS = {"rules": rules, "frontier": lambda found: best_of(rules(found)), "by_exit": by_exit,
+        "by_kind": by_kind, "models": models, "arms": lambda found: best_of(models(found))}
 
 
 def draw_figure(rows, y, y_label, xs):
-    """Rows of a table -> a figure: y against each of xs {x: label}, a "line" in the "panels" of its rows."""
-    height = 1 + max(max(r["panels"]) for r in rows)
-    fig, grid = plt.subplots(height, len(xs), figsize=(6 * len(xs), 5 * height), sharey=True, squeeze=False)
-    for n, axes in enumerate(grid):
-        here = [r for r in rows if n in r["panels"]]
-        for color, line in zip(COLORS, dict.fromkeys(r["line"] for r in here), strict=False):
-            mine = sorted((r for r in here if r["line"] == line), key=lambda r: r[[*xs][0]])
-            for ax, x in zip(axes, xs, strict=True):
-                ax.plot([r[x] for r in mine], [r[y] for r in mine], mine[0]["style"], color=color, mfc="none",
-                        ms=5, label=line)
-                ax.set_xlabel(xs[x])
-                for r in mine:
-                    ax.annotate(r["mark"], (r[x], r[y]), (4, -9), color=color, textcoords="offset points",
-                                fontsize=7)
-        axes[0].set_ylabel(y_label)
-        axes[-1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    """Rows -> a figure: y against each of xs {x: label}, a curve for each "line"."""
+    fig, (panels,) = plt.subplots(1, len(xs), figsize=(6 * len(xs), 5), sharey=True, squeeze=False)
+    for color, line in zip(COLORS, dict.fromkeys(r["line"] for r in rows), strict=False):
+        mine = sorted((r for r in rows if r["line"] == line), key=lambda r: r[[*xs][0]])
+        for ax, x in zip(panels, xs, strict=True):
+            ax.plot([r[x] for r in mine], [r[y] for r in mine], mine[0]["style"], color=color, mfc="none",
+                    label=line)
+            ax.set_xlabel(xs[x])
+            for r in mine:
+                ax.annotate(r.get("mark", ""), (r[x], r[y]), (4, -9), color=color, fontsize=7,
+                            textcoords="offset points")
+    panels[0].set_ylabel(y_label)
+    panels[-1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
 def draw(name, results, found):
     """table.md and figure.png from {point: its JSON}."""
-    tables = EXPERIMENTS[name]["tables"]
     heading = "- {point}: `python {arguments}`{after}, seed {seed}, {dtype}, commit {commit}, {device}, " \
         "{threads} threads, torch {torch}, {minutes:.0f} min of training"
     lines = [heading.format(**{**p["options"], **p}, arguments=p["train"] or p["evaluate"],
                             after=f" after {p['start']}" if p["start"] else "",
                             minutes=p["training_seconds"] / 60 if p["train"] else 0) for p in found.values()]
-    for table in tables:
+    for table in EXPERIMENTS[name]["tables"]:
         rows, columns = ROWS[table["rows"]](found), table["columns"]
         cells = [[name.format(**rows[-1]) for name in columns], ["---"] * len(columns)]
         cells += [[form.format(**r) for form in columns.values()] for r in rows]
         lines += ["", *(f"| {' | '.join(line)} |" for line in cells)]
         lines += dict.fromkeys(f"\n{r['note']}" for r in rows if "note" in r)
     write_file(results / "table.md", "\n".join([*lines, ""]))
-    figure = draw_figure(ROWS[tables[0]["rows"]](found), *EXPERIMENTS[name]["figure"])
+    rows, *axes = EXPERIMENTS[name]["figure"]
+    figure = draw_figure(ROWS[rows](found), *axes)
     figure.savefig(results / "figure.png", dpi=110, bbox_inches="tight")
     plt.close()
     print(f"wrote {results}/table.md and {results}/figure.png from {len(found)} points")
@@ -263,7 +275,7 @@ def trained(point, folder, o):
 
 
 def measure(point, results, o):
-    """Train, evaluate, and write the point's JSON and translations."""
+    """Train, evaluate, and write the point's JSON."""
     folder = o.runs / f"{o.name}-{o.scale}" / point.name
     made = trained(point, folder, o) if point.train else run_of((folder.parent / point.start).resolve())
     if point.evaluate:      # otherwise as train.py has it evaluated in the end
@@ -286,8 +298,6 @@ def measure(point, results, o):
              "training_seconds": round(float(np.median(seconds)) * steps[-1]["step"], 1),
              "metrics": [m for m in metrics if m["kind"] == "val"], "evaluation": evaluation}
     results.mkdir(parents=True, exist_ok=True)
-    for r in itertools.chain(*evaluation["translated"].values()):
-        write_file(results / f"{point.name}.{r['file']}", (made / "outputs" / r["file"]).read_bytes())
     write_file(results / f"{point.name}.json", json.dumps(table, indent=1) + "\n")
 
 
@@ -298,7 +308,7 @@ def main(argv=None):
     while True:
         with reading(results / "*.json"):
             done = {run.read_json(p, "point"): run.read_json(p) for p in sorted(results.glob("*.json"))}
-            points = {p.name: p for p in points_of(o.name, o.scale, done, o.points)}
+            points = {p.name: p for p in points_of(o.name, o.scale, done, {*o.points, *done})}
             found = {name: done[name] for name in [*points, *done] if name in done}  # of older versions last
         wanted = o.points or points
         if not set(wanted) <= set(points):

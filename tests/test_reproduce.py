@@ -51,7 +51,7 @@ def test_an_experiment_goes_on_point_by_point(main, pairs, tmp_path, monkeypatch
     assert found["options"]["classifier"] == "separate" and found["training_seconds"] > 0 and found["torch"]
     assert f"| apart | full | {bleu:.2f} | 4.00 | 4.00 |" in table and "| one | fixed:1 |" in table
     assert table.count("--classifier separate") == table.count("| one |") == 1      # no row of other rules
-    assert "beam 2, FLOPs of the best hypothesis" in table and len(list(folder.glob("tied.test.*.txt"))) == 5
+    assert "beam 2, FLOPs of the best hypothesis" in table
     assert "there are tied, apart" in refused(capsys, main, "dat", "--points", "x")
     shutil.rmtree(tmp_path / "runs")
     (folder / "one.json").unlink()
@@ -88,8 +88,8 @@ def test_committed_results_are_drawn_as_they_were(name, main, tmp_path):
     """Results that only the version that made them can read."""
     committed, results = ROOT / "results" / f"{name}-cpu", tmp_path / f"{name}-cpu"
     shutil.copytree(committed, results, ignore=shutil.ignore_patterns("*.md", "*.png"))
-    known = [p.name for p in reproduce.points_of(name, "cpu", {}) if (results / f"{p.name}.json").exists()]
-    main([name, "--points", *known])
+    done = [path.stem for path in results.glob("*.json")]
+    main([name, "--points", *{p.name for p in reproduce.points_of(name, "cpu", {}, done)} & {*done}])
     assert (results / "table.md").read_text("utf-8") == (committed / "table.md").read_text("utf-8")
     assert (results / "figure.png").stat().st_size > 5000
 
