@@ -190,6 +190,7 @@ def draw_figure(rows, y, y_label, xs):
             ax.plot([r[x] for r in mine], [r[y] for r in mine], mine[0]["style"], color=color, mfc="none",
                     label=line)
             ax.set_xlabel(xs[x])
+            ax.tick_params("x", labelrotation=90 if isinstance(mine[0][x], str) else 0)
             for r in mine:
                 ax.annotate(r.get("mark", ""), (r[x], r[y]), (4, -9), color=color, fontsize=7,
                             textcoords="offset points")
