@@ -294,7 +294,8 @@ def measure(point, results, o):
     table = {"point": point.name, "train": f"train.py {point.train}" if point.train else "",
              "evaluate": f"evaluate.py {point.evaluate}", "start": point.start, **stored,
              "parameters": evaluation["parameters"], "vocab_size": meta["vocab_size"],
-             "tokens": meta["splits"]["train"]["tokens"], "training_loss": [float(part.mean()) for part in parts],
+             "tokens": meta["splits"]["train"]["tokens"],
+             "training_loss": [float(part.mean()) for part in parts],       # of each tenth of the steps
              "step_seconds": float(np.quantile(seconds, 0.1)),      # as on a machine that does nothing else
              "training_seconds": round(float(np.median(seconds)) * steps[-1]["step"], 1),
              "metrics": [m for m in metrics if m["kind"] == "val"], "evaluation": evaluation}
