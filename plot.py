@@ -251,7 +251,7 @@ def compare(runs):
     blocks run, held-out loss against mean exit of the rules that evaluate.py compared."""
     fig, (training, shares, frontier) = plt.subplots(1, 3, figsize=(16, 4.4))
     for name, folder in runs.items():
-        with reading(folder):
+        with reading(folder / "depth.npz"):
             lines = [line for line in run.read_metrics(folder) if line["kind"] == "val"]
             lines = lines[len(lines) > 3:]      # without the loss of the untrained model
             last_exit = [line["loss"].get("causal", line["loss"]["top_k"])[-1] for line in lines]

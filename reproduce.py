@@ -1,4 +1,4 @@
-"""Reproduce a result, point by point: python reproduce.py dat --scale cpu --source DIR
+"""Reproduce a result, point by point: python reproduce.py dat-table1 --scale cpu --source DIR
 
 A point is one training run and its evaluation; experiments.toml has the points of every experiment.
 results/NAME-SCALE/ gets POINT.json (numbers, options, command, commit, hardware), and table.md and figure.png

@@ -110,7 +110,7 @@ def test_runs_side_by_side(finished, tmp_path, capsys):
     plot.main(["--run", "1", "2", "--out", str(tmp_path)])
     assert (tmp_path / "compare.png").stat().st_size > 10000
     [training, shares, frontier] = plot.compare({"1": runs[0], "2": runs[1]}).axes
-    assert len(training.lines) == len(frontier.lines) == len(shares.containers) == 2
+    assert len(training.lines) == len(frontier.lines) == len(shares.lines) == 2
     assert "--html" in refused(capsys, plot.main, "--run", *runs, "--html")
     (runs[1] / "depth.npz").unlink()
     assert "002/depth.npz" in refused(capsys, plot.main, "--run", *runs)
@@ -126,9 +126,13 @@ def test_rank_correlation_of_a_table(hops, tmp_path):
     assert reproduce.rank_correlation(counts) == pytest.approx(np.corrcoef(ranks)[0, 1])
     assert reproduce.rank_correlation(counts[:, ::-1]) == pytest.approx(-np.corrcoef(ranks)[0, 1])
     assert np.isnan(reproduce.rank_correlation(np.array([[5, 0], [7, 0]])))
-    kinds = {f"{n} hops": {"blocks": row.tolist(), "right": n / 4} for n, row in enumerate(counts)}
-    rows = reproduce.by_hops({"a": {"evaluation": {"forced": [{"rule": "full", "kinds": kinds}]}}})
-    assert [row["questions"] for row in rows] == counts.sum(1).tolist()
+    kinds = {f"{n} hops": {"blocks": row.tolist(), "exits": row[1:].tolist(), "right": n / 4}
+             for n, row in enumerate(counts)}
+    rows = reproduce.by_kind({"a": {"evaluation": {"forced": [{"rule": "full", "kinds": kinds}]}}})
+    assert [row["tokens"] for row in rows] == counts.sum(1).tolist()
+    assert [row["exit"] for row in rows] == pytest.approx(
+        [y[(x == n) & (y > 0)].mean() for n in range(4)])       # nothing exits after block 0
     assert [row["blocks"] for row in rows] == pytest.approx([y[x == n].mean() for n in range(4)])
     assert [row["right"] for row in rows] == [0, 0.25, 0.5, 0.75]
-    assert [row["hops"] for row in rows] == [0, 1, 2, 3]
+    assert [row["kind"] for row in rows] == [f"{n} hops" for n in range(4)]
+    assert rows[0]["rho"] == reproduce.rank_correlation(counts)

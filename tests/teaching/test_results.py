@@ -7,10 +7,12 @@ import contextlib
 import io
 import re
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 import evaluate
+import reproduce
 import run
 
 PAGE = (ROOT / "docs" / "results.md").read_text("utf-8")
@@ -51,7 +53,7 @@ def test_every_row_of_a_table_is_a_row_of_results(known):
     """A table that was typed, or copied before the last run; rows of claims join several."""
     unknown = [row for row in rows_of(PAGE.replace(CLAIMS, ""))
                if not any(decimals(row) <= numbers for numbers in known)]
-    assert not unknown
+    assert unknown == []
 
 
 def test_every_number_in_the_text_is_one_of_results(known):
@@ -59,4 +61,37 @@ def test_every_number_in_the_text_is_one_of_results(known):
     ours = re.sub(r"(?m)^(\|[^|]*)\|[^|]*\|", r"\1|", CLAIMS)
     of_readme = README[README.index("## Results"):README.index("## What it does not do")]
     said = set().union(*map(decimals, (ours, PAGE.replace(CLAIMS, ""), of_readme)))
-    assert not said - set().union(*known)
+    assert sorted(said - set().union(*known)) == []
+
+
+def test_tenths_of_texts():
+    """A tenth of the padded length; an empty first or last tenth; an order by name that is not by place."""
+    mask = np.arange(30) < np.array([[20], [30], [3]])
+    tenths = evaluate.tenths_of(mask)
+    for row, length in zip(tenths, (20, 30), strict=False):
+        assert row[:length].tolist() == np.repeat(np.unique(row[:length]), length // 10).tolist()
+    assert tenths[1, 0] == "tenth 01" and tenths[1, 29] == "tenth 10"
+    assert tenths[2, :3].tolist() == ["tenth 01", "tenth 04", "tenth 07"]
+
+
+def translated(rule, val, test, exit):
+    rows = {"val": val, "test": test}
+    return {split: [{"rule": rule, "bleu": bleu, "exit": exit, "flops_of": "x", "signature": "y"}]
+            for split, bleu in rows.items()}
+
+
+def test_the_frontier_is_chosen_on_validation():
+    """The best of the test set; an exit that loses more than 0.1; the effort of another rule."""
+    found = {"aligned": translated("full", 30.0, 29.0, 6.0),
+             "geometric-lambda0.1": translated("learned:0.5", 29.95, 20.0, 2.0),
+             "geometric-lambda0.3": translated("learned:0.5", 29.89, 40.0, 1.0),
+             "geometric-lambda0.9": translated("learned:0.5", 30.5, 40.0, 3.0),
+             "binary-lambda0.1": translated("learned:0.5", 10.0, 50.0, 1.0),
+             "binary-lambda0.2": translated("learned:0.5", 20.0, 10.0, 2.0)}
+    found = {name: {"evaluation": {"options": {"beam": 5}, "translated": rows, "forced": []}}
+             for name, rows in found.items()}
+    rows = {r["line"]: r for r in reproduce.ROWS["frontier"](found)}
+    assert {line: (r["model"], r["bleu"], r["tried"]) for line, r in rows.items()} == {
+        "aligned": ("aligned", 29.0, 1), "geometric": ("geometric-lambda0.1", 20.0, 3),
+        "binary": ("binary-lambda0.2", 10.0, 2)}
+    assert reproduce.by_exit(found)[0]["at"] == ["", "", "", "", "", "", "30.00"]
