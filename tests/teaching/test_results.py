@@ -95,3 +95,22 @@ def test_the_frontier_is_chosen_on_validation():
         "aligned": ("aligned", 29.0, 1), "geometric": ("geometric-lambda0.1", 20.0, 3),
         "binary": ("binary-lambda0.2", 10.0, 2)}
     assert reproduce.by_exit(found)[0]["at"] == ["", "", "", "", "", "", "30.00"]
+
+
+def test_seeds_of_the_best_shape_and_of_those_asked_for():
+    """A seed of a shape that nobody chose, with the seed of another; a start that had another seed."""
+    worse, done = ({"metrics": [{"loss": {"top_k": [3.0], "causal": [loss]}}]} for loss in (3.0, 2.0))
+    for found, asked, more in (({}, (), set()), ({}, ["mod-6x64-seed2"], {"mod-6x64-seed2"})):
+        points = {p.name: p for p in reproduce.points_of("mod-isoflop", "cpu", found, asked)}
+        assert {name for name in points if "seed" in name} == more
+        assert all(points[name].train.endswith("--seed 1002") for name in more)
+    shapes = reproduce.SCALES["cpu"]["shapes"].split()
+    found = {f"mod-{shape}": done if shape == "4x96" else worse for shape in shapes}
+    names = {p.name for p in reproduce.points_of("mod-isoflop", "cpu", found)}
+    assert {name for name in names if "seed" in name} == {"mod-4x96-seed1", "mod-4x96-seed2"}
+    found = {"one": done, "exits": done, "learned": done}
+    points = {p.name: p for p in reproduce.points_of("hops", "cpu", found)}
+    assert points["learned-seed2"].start == "exits-seed2" and points["learned"].start == "exits"
+    assert points["one-seed1"].train.endswith("--seed 1001") and not points["one-seed1"].start
+    again = {p.name: p for p in reproduce.points_of("mode", "cpu", {"dense": done})}["dense-seed1"]
+    assert again.start == "../mod-isoflop-cpu/dense-8x64-seed1" and not again.train
