@@ -185,9 +185,9 @@ def tenths_of(mask):
     return np.char.add("tenth ", np.char.zfill(place.astype(str), 2))
 
 
-def by_kind(arrays, mask, kinds, L):
+def by_kind(arrays, mask, kinds):
     """{kind: number of its tokens at each exit 1..L and with 0..L blocks run, share that is right}."""
-    blocks, table = arrays["visited"].sum(-1), {}
+    blocks, L, table = arrays["visited"].sum(-1), arrays["visited"].shape[-1], {}
     for kind in np.unique(kinds[mask]).tolist():
         here = mask & (kinds == kind)
         table[kind] = {"exits": np.bincount(arrays["exit_at"][here], minlength=L + 1)[1:].tolist(),
@@ -208,8 +208,8 @@ def forced(model, batches, names, trained, context, o, known, kinds):
                      "exited_kv": o.exited_kv, **depth_and_cost(model, texts, o.exited_kv),
                      "exit": float(arrays["exit_at"][mask].mean()),     # of targets; FLOPs are those of all
                      "blocks": float(arrays["visited"][mask].sum(1).mean()),
-                     "kinds": by_kind(arrays, mask, kinds, model.config.n_layer),
-                     "tenths": by_kind(arrays, mask, tenths_of(mask), model.config.n_layer)})
+                     "kinds": by_kind(arrays, mask, kinds),
+                     "tenths": by_kind(arrays, mask, tenths_of(mask)) if trained.translate else {}})
         print_row(rows[-1], first=len(rows) == 1)
     return rows
 
