@@ -251,7 +251,7 @@ def prepare(data, source):
 
 def run_of(folder):
     """The run that a point made in its folder. UserError if there is none."""
-    checkpoints = sorted(folder.glob("*/ckpt.pt"))
+    checkpoints = sorted(folder.resolve().glob("*/ckpt.pt"))
     if not checkpoints:
         raise UserError(f"{folder} holds no run: make that point first, without its JSON if it has one")
     return checkpoints[-1].parent
@@ -278,7 +278,7 @@ def trained(point, folder, o):
 def measure(point, results, o):
     """Train, evaluate, and write the point's JSON."""
     folder = o.runs / f"{o.name}-{o.scale}" / point.name
-    made = trained(point, folder, o) if point.train else run_of((folder.parent / point.start).resolve())
+    made = trained(point, folder, o) if point.train else run_of(folder.parent / point.start)
     if point.evaluate:      # otherwise as train.py has it evaluated in the end
         (made / "evaluation.json").unlink(missing_ok=True)      # or the rows of other rules would stay in it
         script("evaluate.py", "--run", made, "--device", o.device, *point.evaluate.split())

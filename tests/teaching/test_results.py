@@ -114,3 +114,12 @@ def test_seeds_of_the_best_shape_and_of_those_asked_for():
     assert points["one-seed1"].train.endswith("--seed 1001") and not points["one-seed1"].start
     again = {p.name: p for p in reproduce.points_of("mode", "cpu", {"dense": done})}["dense-seed1"]
     assert again.start == "../mod-isoflop-cpu/dense-8x64-seed1" and not again.train
+
+
+def test_the_run_of_another_experiment(tmp_path):
+    """A point that begins with the weights of another experiment, before its own folder is there."""
+    (tmp_path / "one-cpu" / "a" / "001").mkdir(parents=True)
+    (tmp_path / "one-cpu" / "a" / "001" / "ckpt.pt").touch()
+    assert reproduce.run_of(tmp_path / "two-cpu" / "../one-cpu/a").name == "001"
+    with pytest.raises(reproduce.UserError, match="make that point first"):
+        reproduce.run_of(tmp_path / "two-cpu" / "../one-cpu/b")
