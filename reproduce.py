@@ -71,7 +71,7 @@ def points_of(name, scale, found, asked=()):
         mine = [Point(f"{entry['name']}-{shape}", sized(entry["train"], shape, words), evaluate, start)
                 for shape in shapes] or [Point(entry["name"], filled(entry["train"], words), evaluate, start)]
         points += mine
-        whole = all(p.name in found for p in mine)
+        whole = all(p.name in found for p in mine)      # only then is the best shape known
         best = min(mine, key=lambda p: final_loss(found[p.name], "causal")) if whole else None
         for n, p in itertools.product(range(1, entry.get("seeds", 1)), mine):
             if p is best or f"{p.name}-seed{n}" in asked:
@@ -106,17 +106,18 @@ def rules(found):
                          "mark": "", "style": {"fixed": "o-", "confidence": "s:"}.get(kind, "s"),
                          "note": f"beam {beam}, FLOPs of {r['flops_of']}; {r['signature']}" if "bleu" in r
                          else "held-out texts, read as they stand"})
-    goal = max((r["score"] for r in rows if r["rule"] == "full"), default=0) - 0.1
-    return [{**r, "rank": (0, r["exit"]) if r["score"] >= goal else (1, -r["score"])} for r in rows]
+    first = [r for r in rows if "-seed" not in r["model"]]
+    goal = max((r["score"] for r in first if r["rule"] == "full"), default=0) - 0.1
+    return [r | {"rank": (r not in first, *((0, r["exit"]) if r["score"] >= goal else (1, -r["score"])))}
+            for r in rows]
 
 
 def by_exit(found):
     """{point: its JSON} -> a row for each model, validation BLEU at each exit; smaller models have one."""
     rows = []
-    for _, exits in itertools.groupby(rules(found), lambda r: r["model"]):
-        exits = list(exits)
+    for model, exits in itertools.groupby(rules(found), lambda r: r["model"]):
         bleu = {"random" if r["rule"] == "random" else round(r["exit"]): f"{r['score']:.2f}" for r in exits}
-        rows.append({**exits[0], "at": [bleu.get(n, "") for n in ("random", 1, 2, 3, 4, 5, 6)]})
+        rows.append({"model": model, "at": [bleu.get(n, "") for n in ("random", 1, 2, 3, 4, 5, 6)]})
     return rows
 
 
@@ -128,10 +129,9 @@ def models(found):
         config = GPTConfig(**{field: o[field] for field in GPTConfig.__dataclass_fields__ if field in o})
         shares = dict.fromkeys(("accuracy", "base_rate", "precision", "recall"), "")
         shares |= {share: f"{value:.1%}" for share, value in last.get("predictor", {}).items()}
-        loss = final_loss(p, "causal")
         rows.append({**o, **p, **full, **shares, "model": name, "line": arm(name), "style": "o",
-                     "mark": f"{o['n_layer']} x {o['n_embd']}", "rank": ("-seed" in name, loss),
-                     "top_k": final_loss(p, "top_k"), "score": loss,
+                     "mark": f"{o['n_layer']} x {o['n_embd']}", "score": final_loss(p, "causal"),
+                     "rank": ("-seed" in name, final_loss(p, "causal")), "top_k": final_loss(p, "top_k"),
                      "epochs": o["steps"] * o["batch_size"] * o["block_size"] / p["tokens"],
                      "forward": cost.forward(config, p["vocab_size"], o["block_size"])})
     unit = min([r for r in rows if r["line"] == "dense"] or rows, key=lambda r: r["rank"], default=None)
@@ -184,7 +184,7 @@ ROWS = {"rules": rules, "frontier": lambda found: best_of(rules(found)), "by_exi
 def draw_figure(rows, y, y_label, xs):
     """Rows -> a figure: y against each of xs {x: label}, a curve for each "line"."""
     fig, (panels,) = plt.subplots(1, len(xs), figsize=(6 * len(xs), 5), sharey=True, squeeze=False)
-    for color, line in zip(COLORS, dict.fromkeys(r["line"] for r in rows), strict=False):
+    for color, line in zip(itertools.cycle(COLORS), dict.fromkeys(r["line"] for r in rows), strict=False):
         mine = sorted((r for r in rows if r["line"] == line), key=lambda r: r[[*xs][0]])
         for ax, x in zip(panels, xs, strict=True):
             ax.plot([r[x] for r in mine], [r[y] for r in mine], mine[0]["style"], color=color, mfc="none",
@@ -201,21 +201,21 @@ def draw_figure(rows, y, y_label, xs):
 
 def draw(name, results, found):
     """table.md and figure.png from {point: its JSON}."""
-    heading = "- {point}: `python {arguments}`{after}, seed {seed}, {dtype}, commit {commit}, {device}, " \
+    heading = "- {point}: {commands}{after}, seed {seed}, {dtype}, commit {commit}, {device}, " \
         "{threads} threads, torch {torch}, {minutes:.0f} min of training"
-    lines = [heading.format(**{**p["options"], **p}, arguments=p["train"] or p["evaluate"],
+    lines = [heading.format(**{**p["options"], **p}, commands=", ".join(
+                                f"`python {part}`" for part in (p["train"], p["evaluate"]) if " -" in part),
                             after=f" after {p['start']}" if p["start"] else "",
                             minutes=p["training_seconds"] / 60 if p["train"] else 0) for p in found.values()]
     for table in EXPERIMENTS[name]["tables"]:
         rows, columns = ROWS[table["rows"]](found), table["columns"]
-        cells = [[name.format(**rows[-1]) for name in columns], ["---"] * len(columns)]
+        cells = [[head.format(**rows[-1]) for head in columns], ["---"] * len(columns)]
         cells += [[form.format(**r) for form in columns.values()] for r in rows]
         lines += ["", *(f"| {' | '.join(line)} |" for line in cells)]
         lines += dict.fromkeys(f"\n{r['note']}" for r in rows if "note" in r)
     write_file(results / "table.md", "\n".join([*lines, ""]))
     rows, *axes = EXPERIMENTS[name]["figure"]
-    figure = draw_figure(ROWS[rows](found), *axes)
-    figure.savefig(results / "figure.png", dpi=110, bbox_inches="tight")
+    draw_figure(ROWS[rows](found), *axes).savefig(results / "figure.png", dpi=110, bbox_inches="tight")
     plt.close()
     print(f"wrote {results}/table.md and {results}/figure.png from {len(found)} points")
 
