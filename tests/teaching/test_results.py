@@ -123,3 +123,15 @@ def test_the_run_of_another_experiment(tmp_path):
     assert reproduce.run_of(tmp_path / "two-cpu" / "../one-cpu/a").name == "001"
     with pytest.raises(reproduce.UserError, match="make that point first"):
         reproduce.run_of(tmp_path / "two-cpu" / "../one-cpu/b")
+
+
+def test_every_link_to_a_section_leads_to_one():
+    """A section that got another name; the links to files are in test_project.py."""
+    dead = []
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("lessons/*.md")):
+        for file, anchor in re.findall(r"\]\(([^)#:]*)#([\w-]+)\)", page.read_text("utf-8")):
+            target = (page.parent / file if file else page).read_text("utf-8")
+            heads = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
+                     for head in re.findall(r"^#+ (.*)$", target, re.MULTILINE)]
+            dead += [f"{page.name}: {file}#{anchor}"] if anchor not in heads else []
+    assert dead == []
