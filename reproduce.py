@@ -290,12 +290,12 @@ def measure(point, results, o):
     metrics = run.read_metrics(made)
     steps = [m for m in metrics if m["kind"] == "train"]
     seconds = [m["seconds"] for m in steps]
-    parts = np.array_split([m["loss"][-1] for m in steps], min(10, len(steps)))
+    tenths = [steps[i * len(steps) // 10:][:max(1, len(steps) // 10)] for i in range(10)]
     table = {"point": point.name, "train": f"train.py {point.train}" if point.train else "",
              "evaluate": f"evaluate.py {point.evaluate}", "start": point.start, **stored,
              "parameters": evaluation["parameters"], "vocab_size": meta["vocab_size"],
              "tokens": meta["splits"]["train"]["tokens"],
-             "training_loss": [float(part.mean()) for part in parts],       # of each tenth of the steps
+             "training_loss": [float(np.mean([m["loss"][-1] for m in tenth])) for tenth in tenths],
              "step_seconds": float(np.quantile(seconds, 0.1)),      # as on a machine that does nothing else
              "training_seconds": round(float(np.median(seconds)) * steps[-1]["step"], 1),
              "metrics": [m for m in metrics if m["kind"] == "val"], "evaluation": evaluation}
