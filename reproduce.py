@@ -106,10 +106,10 @@ def rules(found):
                          "mark": "", "style": {"fixed": "o-", "confidence": "s:"}.get(kind, "s"),
                          "note": f"beam {beam}, FLOPs of {r['flops_of']}; {r['signature']}" if "bleu" in r
                          else "held-out texts, read as they stand"})
-    first = [r for r in rows if "-seed" not in r["model"]]
-    goal = max((r["score"] for r in first if r["rule"] == "full"), default=0) - 0.1
-    return [r | {"rank": (r not in first, *((0, r["exit"]) if r["score"] >= goal else (1, -r["score"])))}
-            for r in rows]
+    full = [r["score"] for r in rows if r["rule"] == "full" and "-seed" not in r["model"]]
+    goal = max(full, default=0) - 0.1
+    return [r | {"rank": ("-seed" in r["model"], r["score"] < goal,
+                          r["exit"] if r["score"] >= goal else -r["score"])} for r in rows]
 
 
 def by_exit(found):
