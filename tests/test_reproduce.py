@@ -64,10 +64,8 @@ def test_an_experiment_goes_on_point_by_point(main, pairs, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_equal_flops_and_more_seeds_for_the_best(main, dataset, tmp_path, monkeypatch):
-    cpu = {"flops": 3e8, "text": f"--data {dataset} --block_size 32 --batch_size 4", "head_size": 8,
-           "vocab_size": 300}
-    for word, value in cpu.items():
-        monkeypatch.setitem(reproduce.SCALES["cpu"], word, value)
+    tiny = {"text": f"--data {dataset} --block_size 32 --batch_size 4", "head_size": 8, "vocab_size": 300}
+    monkeypatch.setitem(reproduce.SCALES, "cpu", tiny | {"flops": 3e8})
     points = [{"name": name, "train": words, "shapes": "2x16 4x24 6x24", "seeds": 3}
               for name, words in (("dense", "--routed none"), ("mod", ""))]
     monkeypatch.setitem(reproduce.EXPERIMENTS["mod-isoflop"], "points", points)
@@ -83,13 +81,15 @@ def test_equal_flops_and_more_seeds_for_the_best(main, dataset, tmp_path, monkey
         assert o.steps * 128 / 32 * cost.training(o.model, 300, 32) == pytest.approx(3e8, rel=0.05)
 
 
-@pytest.mark.parametrize("name", [path.name.removesuffix("-cpu") for path in ROOT.glob("results/*-cpu")])
-def test_committed_results_are_drawn_as_they_were(name, main, tmp_path):
+@pytest.mark.parametrize("folder", [path.name for path in ROOT.glob("results/*-cpu*")])
+def test_committed_results_are_drawn_as_they_were(folder, main, tmp_path):
     """Results that only the version that made them can read."""
-    committed, results = ROOT / "results" / f"{name}-cpu", tmp_path / f"{name}-cpu"
+    committed, results = ROOT / "results" / folder, tmp_path / folder
     shutil.copytree(committed, results, ignore=shutil.ignore_patterns("*.md", "*.png"))
-    done = [path.stem for path in results.glob("*.json")]
-    main([name, "--points", *{p.name for p in reproduce.points_of(name, "cpu", {}, done)} & {*done}])
+    name, scale = folder.split("-cpu")
+    done = {path.stem for path in results.glob("*.json")}
+    done &= {p.name for p in reproduce.points_of(name, f"cpu{scale}", {}, done)}
+    main([name, "--scale", f"cpu{scale}", "--points", *done])
     assert (results / "table.md").read_text("utf-8") == (committed / "table.md").read_text("utf-8")
     assert (results / "figure.png").stat().st_size > 5000
 
