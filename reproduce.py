@@ -185,7 +185,7 @@ def draw_figure(rows, y, y_label, xs):
     """Rows -> a figure: y against each of xs {x: label}, a curve for each "line"."""
     fig, (panels,) = plt.subplots(1, len(xs), figsize=(6 * len(xs), 5), sharey=True, squeeze=False)
     for color, line in zip(itertools.cycle(COLORS), dict.fromkeys(r["line"] for r in rows), strict=False):
-        mine = sorted((r for r in rows if r["line"] == line), key=lambda r: r[[*xs][0]])
+        mine = [r for r in rows if r["line"] == line]
         for ax, x in zip(panels, xs, strict=True):
             ax.plot([r[x] for r in mine], [r[y] for r in mine], mine[0]["style"], color=color, mfc="none",
                     label=line)
