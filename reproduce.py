@@ -29,7 +29,7 @@ EXPERIMENTS = tomllib.loads((run.HERE / "experiments.toml").read_text("utf-8"))
 SCALES = EXPERIMENTS.pop("scales")
 plt.switch_backend("Agg")
 plt.rcParams.update({"axes.grid": True, "grid.color": "#e6e6e6", "legend.frameon": False})
-COLORS = plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2]        # strong, then light
+LOOKS = list(zip(plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2], "osD^v<>pXh" * 2, strict=True))
 
 
 class Point(NamedTuple):
@@ -103,7 +103,7 @@ def rules(found):
             kind = kind_of(r["rule"])
             line = arm(name) + f", {kind}" * (kind not in ("fixed", "learned"))
             rows.append({**r, "model": name, "split": split, "score": on_val[r["rule"]], "line": line,
-                         "mark": "", "style": {"fixed": "o-", "confidence": "s:"}.get(kind, "s"),
+                         "mark": "", "style": {"fixed": "-", "confidence": ":"}.get(kind, ""),
                          "note": f"beam {beam}, FLOPs of {r['flops_of']}; {r['signature']}" if "bleu" in r
                          else "held-out texts, read as they stand"})
     full = [r["score"] for r in rows if r["rule"] == "full" and "-seed" not in r["model"]]
@@ -129,7 +129,7 @@ def models(found):
         config = GPTConfig(**{field: o[field] for field in GPTConfig.__dataclass_fields__ if field in o})
         shares = dict.fromkeys(("accuracy", "base_rate", "precision", "recall"), "")
         shares |= {share: f"{value:.1%}" for share, value in last.get("predictor", {}).items()}
-        rows.append({**o, **p, **full, **shares, "model": name, "line": arm(name), "style": "o",
+        rows.append({**o, **p, **full, **shares, "model": name, "line": arm(name), "style": "",
                      "mark": f"{o['n_layer']} x {o['n_embd']}", "score": final_loss(p, "causal"),
                      "rank": ("-seed" in name, final_loss(p, "causal")), "top_k": final_loss(p, "top_k"),
                      "epochs": o["steps"] * o["batch_size"] * o["block_size"] / p["tokens"],
@@ -171,7 +171,7 @@ def by_kind(found):
             line, rho = f"{arm(name)}, {r['rule']}", rank_correlation(counts[1]) if kinds else 0
             for kind, exits, blocks in zip(kinds, *counts, strict=True):
                 rows.append({"model": name, "rule": r["rule"], "line": line, "kind": kind, "rho": rho,
-                             "tokens": blocks.sum(), "right": r[key][kind]["right"], "style": "o",
+                             "tokens": blocks.sum(), "right": r[key][kind]["right"], "style": "",
                              "exit": exits @ np.arange(1, len(exits) + 1) / exits.sum(),
                              "blocks": blocks @ np.arange(len(blocks)) / blocks.sum()})
     return rows
@@ -184,11 +184,11 @@ ROWS = {"rules": rules, "frontier": lambda found: best_of(rules(found)), "by_exi
 def draw_figure(rows, y, y_label, xs):
     """Rows -> a figure: y against each of xs {x: label}, a curve for each "line"."""
     fig, (panels,) = plt.subplots(1, len(xs), figsize=(6 * len(xs), 5), sharey=True, squeeze=False)
-    for color, line in zip(itertools.cycle(COLORS), dict.fromkeys(r["line"] for r in rows), strict=False):
+    for (color, marker), line in zip(9 * LOOKS, dict.fromkeys(r["line"] for r in rows), strict=False):
         mine = [r for r in rows if r["line"] == line]
         for ax, x in zip(panels, xs, strict=True):
-            ax.plot([r[x] for r in mine], [r[y] for r in mine], mine[0]["style"], color=color, mfc="none",
-                    label=line)
+            ax.plot([r[x] for r in mine], [r[y] for r in mine], marker + mine[0]["style"], color=color,
+                    mfc="none", label=line)
             ax.set_xlabel(xs[x])
             ax.tick_params("x", labelrotation=90 if isinstance(mine[0][x], str) else 0)
             for r in mine:
