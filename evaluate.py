@@ -180,7 +180,7 @@ def print_row(row, first):
 
 
 def tenths_of(mask):
-    """(W,T) bool -> (W,T) "tenth 01" to "tenth 10": where a token stands among those of its text."""
+    """(W,T) bool -> (W,T) "tenth 01" to "tenth 10": where a token stands among those of its row."""
     place = (mask.cumsum(1) - 1) * 10 // np.maximum(mask.sum(1, keepdims=True), 1) + 1
     return np.char.add("tenth ", np.char.zfill(place.astype(str), 2))
 
@@ -204,12 +204,13 @@ def forced(model, batches, names, trained, context, o, known, kinds):
         arrays = known.get(name) or under_rule(model, batches, name, trained, context, o.exited_kv)
         mask, present = arrays["targets"] >= 0, arrays["present"]
         texts = [({k: arrays[k][w, present[w]] for k in COUNTED}, S) for w, S in enumerate(sources)]
+        inside = mask & (kinds != "end")        # the last tenth would be the end of its text, mostly
         rows.append({"rule": name, **{key: float(arrays[key][mask].mean()) for key in ("loss", "right")},
                      "exited_kv": o.exited_kv, **depth_and_cost(model, texts, o.exited_kv),
                      "exit": float(arrays["exit_at"][mask].mean()),     # of targets; FLOPs are those of all
                      "blocks": float(arrays["visited"][mask].sum(1).mean()),
                      "kinds": by_kind(arrays, mask, kinds),
-                     "tenths": by_kind(arrays, mask, tenths_of(mask)) if trained.translate else {}})
+                     "tenths": by_kind(arrays, inside, tenths_of(inside)) if trained.translate else {}})
         print_row(rows[-1], first=len(rows) == 1)
     return rows
 

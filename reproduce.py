@@ -28,12 +28,12 @@ from options import kind_of, parse, read_options
 EXPERIMENTS = tomllib.loads((run.HERE / "experiments.toml").read_text("utf-8"))
 SCALES = EXPERIMENTS.pop("scales")
 plt.switch_backend("Agg")
-plt.rcParams.update({"axes.grid": True, "grid.color": "#e6e6e6", "legend.frameon": False})
+plt.rcParams.update({"axes.grid": True, "grid.color": "#e6e6e6", "legend.frameon": False, "savefig.dpi": 110})
 LOOKS = list(zip(plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2], "osD^v<>pXh" * 2, strict=True))
 
 
 class Point(NamedTuple):
-    """Arguments of train.py, then of evaluate.py. start: the point whose weights (no train: run) it uses."""
+    """Arguments of train.py and evaluate.py. start: the point whose weights (without train: run) it uses."""
     name: str
     train: str
     evaluate: str = ""
@@ -66,10 +66,10 @@ def points_of(name, scale, found, asked=()):
     table, points, seeds = EXPERIMENTS[name], [], []
     words = {"scale": scale} | table | SCALES[scale]
     for entry in table["points"]:
-        shapes = filled(entry.get("shapes", ""), words).split()
+        train, shapes = entry.get("train", ""), filled(entry.get("shapes", ""), words).split()
         evaluate, start = (filled(entry.get(key, ""), words) for key in ("evaluate", "start"))
-        mine = [Point(f"{entry['name']}-{shape}", sized(entry["train"], shape, words), evaluate, start)
-                for shape in shapes] or [Point(entry["name"], filled(entry["train"], words), evaluate, start)]
+        mine = [Point(f"{entry['name']}-{shape}", sized(train, shape, words), evaluate, start)
+                for shape in shapes] or [Point(entry["name"], filled(train, words), evaluate, start)]
         points += mine
         whole = all(p.name in found for p in mine)      # only then is the best shape known
         best = min(mine, key=lambda p: final_loss(found[p.name], "causal")) if whole else None
@@ -106,10 +106,8 @@ def rules(found):
                          "mark": "", "style": {"fixed": "-", "confidence": ":"}.get(kind, ""),
                          "note": f"beam {beam}, FLOPs of {r['flops_of']}; {r['signature']}" if "bleu" in r
                          else "held-out texts, read as they stand"})
-    full = [r["score"] for r in rows if r["rule"] == "full" and "-seed" not in r["model"]]
-    goal = max(full, default=0) - 0.1
-    return [r | {"rank": ("-seed" in r["model"], r["score"] < goal,
-                          r["exit"] if r["score"] >= goal else -r["score"])} for r in rows]
+    goal = max((r["score"] for r in rows if r["rule"] == "full"), default=0) - 0.1
+    return [r | {"rank": (r["score"] < goal, r["exit"] if r["score"] >= goal else -r["score"])} for r in rows]
 
 
 def by_exit(found):
@@ -117,7 +115,7 @@ def by_exit(found):
     rows = []
     for model, exits in itertools.groupby(rules(found), lambda r: r["model"]):
         bleu = {"random" if r["rule"] == "random" else round(r["exit"]): f"{r['score']:.2f}" for r in exits}
-        rows.append({"model": model, "at": [bleu.get(n, "") for n in ("random", 1, 2, 3, 4, 5, 6)]})
+        rows.append({"model": model, "at": dict.fromkeys(["random", *range(1, 7)], "") | bleu})
     return rows
 
 
@@ -177,24 +175,26 @@ def by_kind(found):
     return rows
 
 
-ROWS = {"rules": rules, "frontier": lambda found: best_of(rules(found)), "by_exit": by_exit,
-        "by_kind": by_kind, "models": models, "arms": lambda found: best_of(models(found))}
+ROWS = {"rules": rules, "by_exit": by_exit, "by_kind": by_kind, "models": models,
+        "frontier": lambda found: best_of(rules({n: p for n, p in found.items() if "-seed" not in n})),
+        "arms": lambda found: best_of(models(found))}
 
 
-def draw_figure(rows, y, y_label, xs):
-    """Rows -> a figure: y against each of xs {x: label}, a curve for each "line"."""
-    fig, (panels,) = plt.subplots(1, len(xs), figsize=(6 * len(xs), 5), sharey=True, squeeze=False)
+def draw_figure(found, rows, y, label, against):
+    """{point: its JSON} -> a figure: y against each of {x: label}, a curve for each "line" of the rows."""
+    rows = ROWS[rows](found)
+    fig, (panels,) = plt.subplots(1, len(against), figsize=(6 * len(against), 5), sharey=True, squeeze=False)
     for (color, marker), line in zip(9 * LOOKS, dict.fromkeys(r["line"] for r in rows), strict=False):
         mine = [r for r in rows if r["line"] == line]
-        for ax, x in zip(panels, xs, strict=True):
+        for ax, x in zip(panels, against, strict=True):
             ax.plot([r[x] for r in mine], [r[y] for r in mine], marker + mine[0]["style"], color=color,
                     mfc="none", label=line)
-            ax.set_xlabel(xs[x])
+            ax.set_xlabel(against[x])
             ax.tick_params("x", labelrotation=90 if isinstance(mine[0][x], str) else 0)
             for r in mine:
                 ax.annotate(r.get("mark", ""), (r[x], r[y]), (4, -9), color=color, fontsize=7,
                             textcoords="offset points")
-    panels[0].set_ylabel(y_label)
+    panels[0].set_ylabel(label)
     panels[-1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
@@ -214,8 +214,7 @@ def draw(name, results, found):
         lines += ["", *(f"| {' | '.join(line)} |" for line in cells)]
         lines += dict.fromkeys(f"\n{r['note']}" for r in rows if "note" in r)
     write_file(results / "table.md", "\n".join([*lines, ""]))
-    rows, *axes = EXPERIMENTS[name]["figure"]
-    draw_figure(ROWS[rows](found), *axes).savefig(results / "figure.png", dpi=110, bbox_inches="tight")
+    draw_figure(found, **EXPERIMENTS[name]["figure"]).savefig(results / "figure.png", bbox_inches="tight")
     plt.close()
     print(f"wrote {results}/table.md and {results}/figure.png from {len(found)} points")
 

@@ -94,7 +94,7 @@ def test_the_frontier_is_chosen_on_validation():
     assert {line: (r["model"], r["bleu"], r["tried"]) for line, r in rows.items()} == {
         "aligned": ("aligned", 29.0, 1), "geometric": ("geometric-lambda0.1", 20.0, 3),
         "binary": ("binary-lambda0.2", 10.0, 2)}
-    assert reproduce.by_exit(found)[0]["at"] == ["", "", "", "", "", "", "30.00"]
+    assert reproduce.by_exit(found)[0]["at"] == {**dict.fromkeys(["random", 1, 2, 3, 4, 5], ""), 6: "30.00"}
 
 
 def test_seeds_of_the_best_shape_and_of_those_asked_for():
