@@ -160,22 +160,24 @@ def rank_correlation(counts):
 
 def by_kind(found):
     """{point: its JSON} -> rows by rule and kind of token or tenth of the text, with the correlation of the
-    kind, in the order of its name, and the blocks run."""
+    kind, in the order of its name, and the blocks run; "of" has the rows of all kinds."""
     rows = []
     for name, p in found.items():
         for r, key in itertools.product(p["evaluation"]["forced"], ("kinds", "tenths")):
-            kinds = sorted(r.get(key, ()))      # "0 hops", "1 hops", ...
-            counts = [np.array([r[key][kind][counted] for kind in kinds]) for counted in ("exits", "blocks")]
-            line, rho = f"{arm(name)}, {r['rule']}", rank_correlation(counts[1]) if kinds else 0
-            for kind, exits, blocks in zip(kinds, *counts, strict=True):
-                rows.append({"model": name, "rule": r["rule"], "line": line, "kind": kind, "rho": rho,
-                             "tokens": blocks.sum(), "right": r[key][kind]["right"], "style": "",
-                             "exit": exits @ np.arange(1, len(exits) + 1) / exits.sum(),
-                             "blocks": blocks @ np.arange(len(blocks)) / blocks.sum()})
+            of, counts = {}, dict(sorted(r.get(key, {}).items()))      # "0 hops", "1 hops", ...
+            for kind, count in counts.items():
+                exits, blocks = np.array(count["exits"]), np.array(count["blocks"])
+                of[kind] = {"model": name, "rule": r["rule"], "line": f"{arm(name)}, {r['rule']}",
+                            "kind": kind, "tokens": blocks.sum(), "right": count["right"], "style": "",
+                            "exit": exits @ np.arange(1, len(exits) + 1) / exits.sum(),
+                            "blocks": blocks @ np.arange(len(blocks)) / blocks.sum()}
+            rho = rank_correlation(np.array([count["blocks"] for count in counts.values()])) if counts else 0
+            rows += [row | {"rho": rho, "of": of} for row in of.values()]
     return rows
 
 
 ROWS = {"rules": rules, "by_exit": by_exit, "by_kind": by_kind, "models": models,
+        "by_rule": lambda found: [r for r in by_kind(found) if r["kind"] == min(r["of"])],
         "frontier": lambda found: best_of(rules({n: p for n, p in found.items() if "-seed" not in n})),
         "arms": lambda found: best_of(models(found))}
 
@@ -281,8 +283,7 @@ def measure(point, results, o):
     if point.evaluate:      # otherwise as train.py has it evaluated in the end
         (made / "evaluation.json").unlink(missing_ok=True)      # or the rows of other rules would stay in it
         script("evaluate.py", "--run", made, "--device", o.device, *point.evaluate.split())
-    stored, meta = run.read_json(made / "options.json"), run.read_json(made / "meta.json")
-    evaluation = run.read_json(made / "evaluation.json")
+    stored, meta, evaluation = (run.read_json(made / f"{f}.json") for f in ("options", "meta", "evaluation"))
     for options in (stored["options"], evaluation["options"]):
         for place in ("out", "run", "init_from", "resume"):     # paths of this machine
             options.pop(place, None)
@@ -311,14 +312,13 @@ def main(argv=None):
             done = {run.read_json(p, "point"): run.read_json(p) for p in sorted(results.glob("*.json"))}
             points = {p.name: p for p in points_of(o.name, o.scale, done, {*o.points, *done})}
             found = {name: done[name] for name in [*points, *done] if name in done}  # of older versions last
+            if found:
+                draw(o.name, results, found)
         wanted = o.points or points
         if not set(wanted) <= set(points):
             raise UserError(f"--points {' '.join(wanted)}: there are {', '.join(points)}")
         missing = [name for name in wanted if name not in found]
         print(f"\n{o.name} at scale {o.scale}: {len(wanted)} points, {len(missing)} to do", flush=True)
-        if found:
-            with reading(results / "*.json"):
-                draw(o.name, results, found)
         if not missing:
             return
         measure(points[missing[0]], results, o)

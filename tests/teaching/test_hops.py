@@ -136,3 +136,5 @@ def test_rank_correlation_of_a_table(hops, tmp_path):
     assert [row["right"] for row in rows] == [0, 0.25, 0.5, 0.75]
     assert [row["kind"] for row in rows] == [f"{n} hops" for n in range(4)]
     assert rows[0]["rho"] == reproduce.rank_correlation(counts)
+    [row] = reproduce.ROWS["by_rule"]({"a": {"evaluation": {"forced": [{"rule": "full", "kinds": kinds}]}}})
+    assert [row["of"][f"{n} hops"]["blocks"] for n in range(4)] == [row["blocks"] for row in rows]
