@@ -159,8 +159,7 @@ def rank_correlation(counts):
 
 
 def by_kind(found):
-    """{point: its JSON} -> rows by rule and kind of token or tenth of the text, with the correlation of the
-    kind, in the order of its name, and the blocks run; "of" has the rows of all kinds."""
+    """{point: its JSON} -> rows by rule and kind of token or tenth of a text; "of": the rows of all kinds."""
     rows = []
     for name, p in found.items():
         for r, key in itertools.product(p["evaluation"]["forced"], ("kinds", "tenths")):
@@ -168,8 +167,8 @@ def by_kind(found):
             for kind, count in counts.items():
                 exits, blocks = np.array(count["exits"]), np.array(count["blocks"])
                 of[kind] = {"model": name, "rule": r["rule"], "line": f"{arm(name)}, {r['rule']}",
-                            "kind": kind, "tokens": blocks.sum(), "right": count["right"], "style": "",
-                            "exit": exits @ np.arange(1, len(exits) + 1) / exits.sum(),
+                            "kind": kind, "tokens": blocks.sum(), "right": count["right"], "mark": "",
+                            "exit": exits @ np.arange(1, len(exits) + 1) / exits.sum(), "style": "",
                             "blocks": blocks @ np.arange(len(blocks)) / blocks.sum()}
             rho = rank_correlation(np.array([count["blocks"] for count in counts.values()])) if counts else 0
             rows += [row | {"rho": rho, "of": of} for row in of.values()]
@@ -183,19 +182,20 @@ ROWS = {"rules": rules, "by_exit": by_exit, "by_kind": by_kind, "models": models
 
 
 def draw_figure(found, rows, y, label, against):
-    """{point: its JSON} -> a figure: y against each of {x: label}, a curve for each "line" of the rows."""
+    """{point: its JSON} -> a figure: y against each of {x: label}, a colour for each "line" of the rows."""
     rows = ROWS[rows](found)
     fig, (panels,) = plt.subplots(1, len(against), figsize=(6 * len(against), 5), sharey=True, squeeze=False)
     for (color, marker), line in zip(9 * LOOKS, dict.fromkeys(r["line"] for r in rows), strict=False):
         mine = [r for r in rows if r["line"] == line]
-        for ax, x in zip(panels, against, strict=True):
-            ax.plot([r[x] for r in mine], [r[y] for r in mine], marker + mine[0]["style"], color=color,
-                    mfc="none", label=line)
+        names = dict.fromkeys(r["model"] for r in mine)
+        for (ax, x), name in itertools.product(zip(panels, against, strict=True), names):
+            curve = [r for r in mine if r["model"] == name]     # each seed has its own
+            ax.plot([r[x] for r in curve], [r[y] for r in curve], marker + curve[0]["style"], color=color,
+                    mfc="none", label=line * (name == mine[0]["model"]))
             ax.set_xlabel(against[x])
-            ax.tick_params("x", labelrotation=90 if isinstance(mine[0][x], str) else 0)
-            for r in mine:
-                ax.annotate(r.get("mark", ""), (r[x], r[y]), (4, -9), color=color, fontsize=7,
-                            textcoords="offset points")
+            ax.tick_params("x", labelrotation=90 if isinstance(curve[0][x], str) else 0)
+            for r in curve:
+                ax.annotate(r["mark"], (r[x], r[y]), (4, -9), "data", "offset points", color=color, size=7)
     panels[0].set_ylabel(label)
     panels[-1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
