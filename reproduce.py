@@ -64,7 +64,7 @@ def sized(train, shape, words):
 def points_of(name, scale, found, asked=()):
     """The points of an experiment; more seeds of the best shape in found {point: its JSON}, or as asked."""
     table, points, seeds = EXPERIMENTS[name], [], []
-    words = {"scale": scale} | table | SCALES[scale]
+    words = {"scale": scale} | table | SCALES["cpu"] | SCALES[scale]
     for entry in table["points"]:
         train, shapes = entry.get("train", ""), filled(entry.get("shapes", ""), words).split()
         evaluate, start = (filled(entry.get(key, ""), words) for key in ("evaluate", "start"))
