@@ -303,8 +303,7 @@ def main(argv=None):
         bits = [nats * per_byte for nats in loss]
         result["val"][route] = {"loss": loss, "bits_per_byte": bits}
         print(f"val, {route}: loss by exit", *(f"{v:.3f}" for v in loss), f"| {bits[-1]:.3f} bits/byte")
-    depth = under_rule(model, batches, named, trained, context, o.exited_kv)
-    depth |= lens(model, batches, context)
+    depth = under_rule(model, batches, named, trained, context, o.exited_kv) | lens(model, batches, context)
     depth["sources"] = np.array([S for batch in batches for S in batch.sources()])
     depth["kind"] = kinds_of(data.encoding)[depth["targets" if trained.translate else "ids"]]
     if data.meta.get("listing"):        # data/hops: the token before a start says how many steps

@@ -33,7 +33,7 @@ LOOKS = list(zip(plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2], "osD^v<>p
 
 
 class Point(NamedTuple):
-    """Arguments of train.py and evaluate.py. start: the point whose weights (without train: run) it uses."""
+    """Arguments of train.py and evaluate.py. start: the point whose weights, run or JSON it uses."""
     name: str
     train: str
     evaluate: str = ""
@@ -218,7 +218,6 @@ def draw(name, results, found):
     write_file(results / "table.md", "\n".join([*lines, ""]))
     draw_figure(found, **EXPERIMENTS[name]["figure"]).savefig(results / "figure.png", bbox_inches="tight")
     plt.close()
-    print(f"wrote {results}/table.md and {results}/figure.png from {len(found)} points")
 
 
 @dataclass
@@ -276,8 +275,11 @@ def trained(point, folder, o):
     return made
 
 
-def measure(point, results, o):
-    """Train, evaluate, and write the point's JSON."""
+def measured(point, results, o):
+    """The JSON of a point: trained and evaluated, or with neither as another experiment has measured it."""
+    if not point.train + point.evaluate:
+        known = run.read_json((results / f"{point.start}.json").resolve())
+        return {**known, "point": point.name, "train": "", "start": point.start}
     folder = o.runs / f"{o.name}-{o.scale}" / point.name
     made = trained(point, folder, o) if point.train else run_of(folder.parent / point.start)
     if point.evaluate:      # otherwise as train.py has it evaluated in the end
@@ -287,20 +289,17 @@ def measure(point, results, o):
     for options in (stored["options"], evaluation["options"]):
         for place in ("out", "run", "init_from", "resume"):     # paths of this machine
             options.pop(place, None)
-    metrics = run.read_metrics(made)
-    steps = [m for m in metrics if m["kind"] == "train"]
+    steps, held_out = ([m for m in run.read_metrics(made) if m["kind"] == kind] for kind in ("train", "val"))
     seconds = [m["seconds"] for m in steps]
     tenths = [steps[i * len(steps) // 10:][:max(1, len(steps) // 10)] for i in range(10)]
-    table = {"point": point.name, "train": f"train.py {point.train}" if point.train else "",
-             "evaluate": f"evaluate.py {point.evaluate}", "start": point.start, **stored,
-             "parameters": evaluation["parameters"], "vocab_size": meta["vocab_size"],
-             "tokens": meta["splits"]["train"]["tokens"],
-             "training_loss": [float(np.mean([m["loss"][-1] for m in tenth])) for tenth in tenths],
-             "step_seconds": float(np.quantile(seconds, 0.1)),      # as on a machine that does nothing else
-             "training_seconds": round(float(np.median(seconds)) * steps[-1]["step"], 1),
-             "metrics": [m for m in metrics if m["kind"] == "val"], "evaluation": evaluation}
-    results.mkdir(parents=True, exist_ok=True)
-    write_file(results / f"{point.name}.json", json.dumps(table, indent=1) + "\n")
+    return {"point": point.name, "train": f"train.py {point.train}" if point.train else "",
+            "evaluate": f"evaluate.py {point.evaluate}", "start": point.start, **stored,
+            "parameters": evaluation["parameters"], "vocab_size": meta["vocab_size"],
+            "tokens": meta["splits"]["train"]["tokens"],
+            "training_loss": [float(np.mean([m["loss"][-1] for m in tenth])) for tenth in tenths],
+            "step_seconds": float(np.quantile(seconds, 0.1)),      # as on a machine that does nothing else
+            "training_seconds": round(float(np.median(seconds)) * steps[-1]["step"], 1),
+            "metrics": held_out, "evaluation": evaluation}
 
 
 @command
@@ -318,10 +317,12 @@ def main(argv=None):
         if not set(wanted) <= set(points):
             raise UserError(f"--points {' '.join(wanted)}: there are {', '.join(points)}")
         missing = [name for name in wanted if name not in found]
-        print(f"\n{o.name} at scale {o.scale}: {len(wanted)} points, {len(missing)} to do", flush=True)
+        print(f"\n{results}: {len(found)} points in table and figure, {len(missing)} to do", flush=True)
         if not missing:
             return
-        measure(points[missing[0]], results, o)
+        table = json.dumps(measured(points[missing[0]], results, o), indent=1)
+        results.mkdir(parents=True, exist_ok=True)
+        write_file(results / f"{missing[0]}.json", table + "\n")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,17 @@ def test_the_run_of_another_experiment(tmp_path):
         reproduce.run_of(tmp_path / "two-cpu" / "../one-cpu/b")
 
 
+def test_a_point_that_another_experiment_has_measured(tmp_path):
+    """A run that must be at hand for what its JSON has; a missing JSON that nobody names."""
+    point = reproduce.Point("one", "", "", "../dat-table1-cpu/aligned")
+    taken = reproduce.measured(point, ROOT / "results" / "not-there", None)
+    known = run.read_json(ROOT / "results" / "dat-table1-cpu" / "aligned.json")
+    assert {key for key in known if known[key] != taken[key]} == {"point", "train", "start"}
+    assert (taken["point"], taken["train"], taken["start"]) == ("one", "", point.start)
+    with pytest.raises(reproduce.UserError, match="aligned.json"):
+        reproduce.measured(point, tmp_path / "dat-weights-cpu", None)
+
+
 def test_every_link_to_a_section_leads_to_one():
     """A section that got another name; the links to files are in test_project.py."""
     dead = []
