@@ -203,11 +203,11 @@ def draw_figure(found, rows, y, label, against):
 
 def draw(name, results, found):
     """table.md and figure.png from {point: its JSON}."""
-    heading = "- {point}: {commands}{after}, seed {seed}, {dtype}, commit {commit}, {device}, " \
+    heading = "- {point}: {commands}, seed {seed}, {dtype}, commit {commit}, {device}, " \
         "{threads} threads, torch {torch}, {minutes:.0f} min of training"
-    lines = [heading.format(**{**p["options"], **p}, commands=", ".join(
-                                f"`python {part}`" for part in (p["train"], p["evaluate"]) if " -" in part),
-                            after=f" after {p['start']}" if p["start"] else "",
+    lines = [heading.format(**{**p["options"], **p}, commands=", ".join([
+                                *(f"`python {part}`" for part in (p["train"], p["evaluate"]) if " -" in part),
+                                *[f"from {p['start']}"] * bool(p["start"])]),
                             minutes=p["training_seconds"] / 60 if p["train"] else 0) for p in found.values()]
     for table in EXPERIMENTS[name]["tables"]:
         rows, columns = ROWS[table["rows"]](found), table["columns"]
