@@ -184,20 +184,20 @@ ROWS = {"rules": rules, "by_exit": by_exit, "by_kind": by_kind, "models": models
 def draw_figure(found, rows, y, label, against):
     """{point: its JSON} -> a figure: y against each of {x: label}, a colour for each "line" of the rows."""
     rows = ROWS[rows](found)
+    looks = dict(zip(dict.fromkeys(r["line"] for r in rows), itertools.cycle(LOOKS), strict=False))
     fig, (panels,) = plt.subplots(1, len(against), figsize=(6 * len(against), 5), sharey=True, squeeze=False)
-    for (color, marker), line in zip(9 * LOOKS, dict.fromkeys(r["line"] for r in rows), strict=False):
-        mine = [r for r in rows if r["line"] == line]
-        names = dict.fromkeys(r["model"] for r in mine)
-        for (ax, x), name in itertools.product(zip(panels, against, strict=True), names):
-            curve = [r for r in mine if r["model"] == name]     # each seed has its own
+    for ax, (x, below) in zip(panels, against.items(), strict=True):
+        ax.set_xlabel(below)
+        ax.tick_params("x", labelrotation=90 * isinstance(rows[0][x], str))
+        for (line, _), group in itertools.groupby(rows, lambda r: (r["line"], r["model"])):
+            curve, (color, marker) = list(group), looks[line]
             ax.plot([r[x] for r in curve], [r[y] for r in curve], marker + curve[0]["style"], color=color,
-                    mfc="none", label=line * (name == mine[0]["model"]))
-            ax.set_xlabel(against[x])
-            ax.tick_params("x", labelrotation=90 if isinstance(curve[0][x], str) else 0)
+                    mfc="none", label=line)
             for r in curve:
                 ax.annotate(r["mark"], (r[x], r[y]), (4, -9), "data", "offset points", color=color, size=7)
     panels[0].set_ylabel(label)
-    panels[-1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    looks = dict(zip(*panels[-1].get_legend_handles_labels()[::-1], strict=True))  # seeds look alike
+    panels[-1].legend(looks.values(), looks, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
