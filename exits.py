@@ -102,7 +102,8 @@ def oracle(score, mask, exit_cost, sigma=0.0, whole_sequence=False):
         score = score.sum(1, keepdim=True).expand_as(score)
     elif sigma > 0:
         t = torch.arange(score.size(1), device=score.device)
-        score = torch.exp(-(t[:, None] - t).square() / sigma).to(score.dtype) @ score
+        with torch.autocast(score.device.type, enabled=False):
+            score = torch.exp(-(t[:, None] - t).square() / sigma).to(score.dtype) @ score
     n = torch.arange(1, score.size(-1) + 1, device=score.device, dtype=score.dtype)
     return (score - exit_cost * n).argmax(-1) + 1
 

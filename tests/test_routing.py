@@ -196,8 +196,10 @@ def test_the_report_counts():
     assert np.isfinite(list(report(torch.tensor([0, 0, 2, 6])).values())).all()
 
 
-def test_weights_keep_their_precision_under_autocast():
-    """Decisions in bf16: near-ties flip."""
+def test_decisions_keep_their_precision_under_autocast():
+    """Router weights, or an oracle's sums, in bf16: near-ties flip."""
+    asked = torch.rand(2, 60, 4), torch.ones(2, 60, dtype=torch.bool), 0.02, 8.0
     with torch.autocast("cpu", torch.bfloat16):
-        cast = routings(tiny().float(), texts())[1]
+        cast, chosen = routings(tiny().float(), texts())[1], exits.oracle(*asked)
     assert cast.weight.dtype == cast.logit.dtype == torch.float32
+    assert torch.equal(chosen, exits.oracle(*asked))
