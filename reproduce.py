@@ -101,11 +101,11 @@ def rules(found):
         on_val = {r["rule"]: r.get("bleu", 0) for r in translated.get("val", measured)}
         for r in measured:
             kind = kind_of(r["rule"])
-            line = arm(name) + f", {kind}" * (kind not in ("fixed", "learned"))
+            line = arm(name) if kind in ("fixed", "learned") else f"{arm(name)}, {kind}"
             rows.append({**r, "model": name, "split": split, "score": on_val[r["rule"]], "line": line,
                          "mark": "", "style": {"fixed": "-", "confidence": ":"}.get(kind, ""),
                          "note": f"beam {beam}, FLOPs of {r['flops_of']}; {r['signature']}" if "bleu" in r
-                         else "held-out texts, read as they stand"})
+                         else "held-out texts, teacher forcing"})
     goal = max((r["score"] for r in rows if r["rule"] == "full"), default=0) - 0.1
     return [r | {"rank": (r["score"] < goal, r["exit"] if r["score"] >= goal else -r["score"])} for r in rows]
 
@@ -188,7 +188,7 @@ def draw_figure(found, rows, y, label, against):
     fig, (panels,) = plt.subplots(1, len(against), figsize=(6 * len(against), 5), sharey=True, squeeze=False)
     for ax, (x, below) in zip(panels, against.items(), strict=True):
         ax.set_xlabel(below)
-        ax.tick_params("x", labelrotation=90 * isinstance(rows[0][x], str))
+        ax.tick_params("x", labelrotation=90 if isinstance(rows[0][x], str) else 0)
         for (line, _), group in itertools.groupby(rows, lambda r: (r["line"], r["model"])):
             curve, (color, marker) = list(group), looks[line]
             ax.plot([r[x] for r in curve], [r[y] for r in curve], marker + curve[0]["style"], color=color,
@@ -196,19 +196,18 @@ def draw_figure(found, rows, y, label, against):
             for r in curve:
                 ax.annotate(r["mark"], (r[x], r[y]), (4, -9), "data", "offset points", color=color, size=7)
     panels[0].set_ylabel(label)
-    looks = dict(zip(*panels[-1].get_legend_handles_labels()[::-1], strict=True))  # seeds look alike
-    panels[-1].legend(looks.values(), looks, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    once = dict(zip(*panels[-1].get_legend_handles_labels()[::-1], strict=True))   # seeds look alike
+    panels[-1].legend(once.values(), once, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
 def draw(name, results, found):
     """table.md and figure.png from {point: its JSON}."""
-    heading = "- {point}: {commands}, seed {seed}, {dtype}, commit {commit}, {device}, " \
-        "{threads} threads, torch {torch}, {minutes:.0f} min of training"
+    heading = "- {point}: {commands}, seed {seed}, {dtype}, commit {commit}, {device}, {threads} threads, " \
+        "torch {torch}, {training_seconds:.0f} s of training (steps x their median)"
     lines = [heading.format(**{**p["options"], **p}, commands=", ".join([
-                                *(f"`python {part}`" for part in (p["train"], p["evaluate"]) if " -" in part),
-                                *[f"from {p['start']}"] * bool(p["start"])]),
-                            minutes=p["training_seconds"] / 60 if p["train"] else 0) for p in found.values()]
+                *(f"`python {part}`" for part in (p["train"], p["evaluate"]) if " -" in part),
+                *([f"from {p['start']}"] if p["start"] else [])])) for p in found.values()]
     for table in EXPERIMENTS[name]["tables"]:
         rows, columns = ROWS[table["rows"]](found), table["columns"]
         cells = [[head.format(**rows[-1]) for head in columns], ["---"] * len(columns)]
@@ -277,7 +276,7 @@ def trained(point, folder, o):
 
 def measured(point, results, o):
     """The JSON of a point: trained and evaluated, or with neither as another experiment has measured it."""
-    if not point.train + point.evaluate:
+    if not (point.train or point.evaluate):
         known = run.read_json((results / f"{point.start}.json").resolve())
         return {**known, "point": point.name, "train": "", "start": point.start}
     folder = o.runs / f"{o.name}-{o.scale}" / point.name
@@ -297,7 +296,7 @@ def measured(point, results, o):
             "parameters": evaluation["parameters"], "vocab_size": meta["vocab_size"],
             "tokens": meta["splits"]["train"]["tokens"],
             "training_loss": [float(np.mean([m["loss"][-1] for m in tenth])) for tenth in tenths],
-            "step_seconds": float(np.quantile(seconds, 0.1)),      # as on a machine that does nothing else
+            "step_seconds": float(np.quantile(seconds, 0.1)),      # other work slows the rest
             "training_seconds": round(float(np.median(seconds)) * steps[-1]["step"], 1),
             "metrics": held_out, "evaluation": evaluation}
 
