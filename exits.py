@@ -64,9 +64,9 @@ def token_losses(logits, targets, label_smoothing=0.0):
 
 def exit_loss(classifiers, n, h, targets, scale, label_smoothing=0.0):
     """Loss of the classifier after block n: h (...,C), targets (...), -1 at padding -> losses (...) in nats
-    without label smoothing; right (...), is the most likely token the target; loss ().
+    without label smoothing; right (...), is the most likely token the target; carrier ().
     Calls backward for each chunk of logits, so that one is alive at a time: adds the gradient of scale * sum
-    of smoothed losses to the classifier's parameters. Backward of `loss`, whose value means nothing, hands
+    of smoothed losses to the classifier's parameters. Backward of `carrier`, whose value means nothing, hands
     the same gradient to h and the blocks."""
     size, parts = max(1, CHUNK // len(classifiers.weight(n))), []               # tokens a chunk
     chunks = h.flatten(0, -2).split(size), targets.flatten().split(size)

@@ -40,8 +40,8 @@ class Experts(nn.Module):
         score, runs = (t[..., :E].transpose(1, 2).flatten(0, 1) for t in (p, wants))    # (BE,T)
         if route is top_k:
             k = capacity_in_tokens(self.capacity, T)
-            present = present.repeat_interleave(E, 0)
-            runs = runs & top_k(torch.where(runs, score, -1), None, present, self.capacity)
+            allowed = present.repeat_interleave(E, 0)                                   # (BE,T)
+            runs = runs & top_k(torch.where(runs, score, -1), None, allowed, self.capacity)
         else:
             k = int(runs.sum(1).max())
         places, selected = places_of(runs, k)                                           # (BE,k)

@@ -33,10 +33,10 @@ def aligned(model, batch, scale, o):
         x, routing = block(x, batch.pos, batch.live, None, memory, ROUTES[o.route])
         states.append(x)
         if n in weights:
-            *parts, loss = exits.exit_loss(model.classifiers, n, x, batch.targets, scale * weights[n],
-                                           o.label_smoothing)
+            *parts, carrier = exits.exit_loss(model.classifiers, n, x, batch.targets, scale * weights[n],
+                                              o.label_smoothing)
             judged.append(parts)
-            total = total + loss
+            total = total + carrier
         if routing.logit is not None:
             total = total + predictor_loss(routing, batch.mask) * scale * o.predictor_loss
         if routing.balance is not None:
@@ -63,9 +63,9 @@ def mixed(model, batch, scale, o):
         for n, block in enumerate(model.blocks, 1):
             x, _ = block(x, batch.pos, mask & (exit_at >= n), None, memory)
             exiting = mask & (exit_at == n)
-            losses, _, loss = exits.exit_loss(model.classifiers, n, x[exiting], batch.targets[exiting],
-                                              scale / o.paths, o.label_smoothing)
-            total = total + loss
+            losses, _, carrier = exits.exit_loss(model.classifiers, n, x[exiting], batch.targets[exiting],
+                                                 scale / o.paths, o.label_smoothing)
+            total = total + carrier
             sums[n - 1] += losses.sum()
             counts[n - 1] += len(losses)
     return total, sums / counts.clamp(min=1) * mask.sum()       # mean loss of an exit, times all tokens

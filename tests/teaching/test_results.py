@@ -1,4 +1,4 @@
-"""Every number in docs/results.md and in the README's results is in a file of results/.
+"""Every decimal in docs/results.md and in the README's results is in a file of results/.
 
 Every results/*/table.md is drawn again from its JSON files; the pages are compared with those tables, and
 with what evaluate.py prints of the other runs in results/.
