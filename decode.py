@@ -282,6 +282,8 @@ def translate(model, sources, eos_id, rule, beam=5, length_penalty=1.0, route=ca
         scores = log_prob + to_float32(output.logits[:, 0]).log_softmax(-1)         # (hypotheses,V)
         scores = scores.view(len(todo), -1)
         best, places = scores.topk(min(2 * beam, scores.size(1)))
+        if not (best[:, 0] < torch.inf).all():          # nan compares as False
+            raise UserError("the scores are not finite: this model has diverged in training")
         rows = places // V + torch.arange(len(todo), device=device).unsqueeze(1) * (len(ids) // len(todo))
         going = []              # (source, row, token, log-probability) of the next step's hypotheses
         for b, *ranked in zip(todo, rows.tolist(), (places % V).tolist(), best.tolist(), strict=True):

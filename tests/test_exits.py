@@ -93,9 +93,13 @@ def test_sampling_follows_the_distribution_it_is_given():
     assert sample(logits, 0, None) == 4 and sample(logits.float(), 1e-45, None) == 4        # no overflow
     assert sample(logits, 1.0, 1, u[-1:]) == 4
     assert sample(torch.tensor([[-torch.inf, 0.0, -torch.inf]]), 1.0, None) == 1
+    model = tiny_translator(routed="none")
     for bad in torch.nan, torch.inf:
         with pytest.raises(ValueError, match="diverged"):
             sample(torch.tensor([[0.0, bad]]), 1.0, None)
+        model.wte.weight.data[0] = bad
+        with pytest.raises(ValueError, match="diverged"):
+            decode.translate(model, [[3, END]], END, exits.full_depth, 2)
 
 
 def test_what_cannot_be_decoded_is_refused():
