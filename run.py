@@ -41,7 +41,7 @@ def device_of(name):
 def autocast(device, dtype):
     """The context in which the network runs: bfloat16 autocast, or nothing."""
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
