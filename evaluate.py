@@ -128,6 +128,7 @@ def under_rule(model, batches, name, trained, context, exited_kv):
         with context, torch.no_grad():
             rule = (oracle_rule(name, trained, model, batch) if name.startswith("oracle") else
                     exits.parse_rule(name, model))
+            torch.manual_seed(i)            # the oracle has drawn, too
             cache = Cache(model, *batch.pos.shape, model.memory_of(batch))
             output = step(model, batch.ids, batch.pos, cache, rule, causal, exited_kv)
         log_probs = exits.to_float32(output.logits).log_softmax(-1)
@@ -215,17 +216,13 @@ def forced(model, batches, names, trained, context, o, known, kinds):
     return rows
 
 
-def search_thresholds(model, batches, draws, context):
+def search_thresholds(depth, draws):
     """Thresholds drawn uniformly, judged under teacher forcing (no copied states) [DAT 3.2] -> for every
-    segment of one block of mean exit the rule that is right most often, [(exit, right, name)]."""
-    confidences, right = [], []
-    for batch in batches:
-        batch = batch.to(model.wte.weight.device)
-        with context, torch.no_grad():
-            _, said, confidence, _ = exit_scores(model, batch)
-        confidences.append(confidence[batch.targets >= 0].cpu().numpy())
-        right.append((said == batch.targets.unsqueeze(-1))[batch.targets >= 0].cpu().numpy())
-    confidences, right = np.concatenate(confidences), np.concatenate(right)             # (tokens,N)
+    segment of one block of mean exit the rule that is right most often, [(exit, right, name)]. depth: of
+    `lens`."""
+    asked = depth["targets"] >= 0
+    confidences = depth["confidence"][asked]                                            # (tokens,N)
+    right = depth["said"][asked] == depth["targets"][asked][:, None]
     (tokens, N), best = confidences.shape, {}
     for tau in np.random.default_rng(0).random((draws, N - 1)):
         exits_here = np.concatenate([confidences[:, :-1] > tau, np.ones((tokens, 1), bool)], 1)
@@ -289,15 +286,17 @@ def main(argv=None):
     fixed = [f"fixed:{e}" for e in range(1, L)] if trained.model.exits == "all" else []
     rules = list(o.rules) or [*dict.fromkeys([*fixed, "full", named])]
     context = run.autocast(device, trained.dtype)
-    batches = batches_of(data, "val", trained, trained.grad_accum_steps).fixed(trained.eval_windows)
+    batches = batches_of(data, "val", trained).fixed(trained.eval_windows, trained.grad_accum_steps)
     per_byte = bits_per_byte(batches, data.encoding)
-    path = folder / "evaluation.json"
+    path, step = folder / "evaluation.json", run.load(folder, device)["step"]
+    nothing = {"forced": [], "translated": {}}
     with reading(path):
-        before = run.read_json(path) if path.exists() and not o.data else {"forced": [], "translated": {}}
+        before = run.read_json(path) if path.exists() and not o.data else nothing
         for rows in (before["forced"], *before["translated"].values()):
             merged(rows, [])        # fails here if they are no rows
-    result = {"options": json.loads(json.dumps(vars(o), default=str)), **run.environment(device),
-              "parameters": sum(p.numel() for p in model.parameters()), "val": {},
+    before = before if before.get("step") == step else nothing      # rows of other weights
+    result = {"step": step, "options": json.loads(json.dumps(vars(o), default=str)),
+              **run.environment(device), "parameters": sum(p.numel() for p in model.parameters()), "val": {},
               "translated": before["translated"]}
     for route, loss in evaluate_loss(model, batches, context)["loss"].items():
         bits = [nats * per_byte for nats in loss]
@@ -312,7 +311,7 @@ def main(argv=None):
     depth["rule"] = np.array(named.replace(":", " ") + ", causal routing" * bool(depth["routed"].any()))
     write_file(folder / "depth.npz", lambda f: np.savez_compressed(f, **depth))
     if o.search:
-        result["search"] = search_thresholds(model, batches, o.search, context)
+        result["search"] = search_thresholds(depth, o.search)
         for exit_, right, rule in result["search"]:
             print(f"search: exit {exit_:.2f}, right {right:.1%}: {rule}")
         rules += [rule for *_, rule in result["search"]]    # confirmed by reading and translating for real

@@ -105,10 +105,8 @@ def exclusions(o):
         (mixed, "--objective mixed trains no routed blocks", "route"),
         (alone, "the oracle's exits are not smoothed", "label_smoothing"),
         (m.exits == "last" and (predicts or mixed or alone), "learning exits takes --exits all", ""),
-        (mixed and (routed or m.experts),
-         "--objective mixed cannot train routed blocks or experts: use --routed none, no --experts", ""),
-        (mixed and predicts, "--objective mixed draws one exit of a token, the oracle needs all: train the "
-         "predictor afterwards, --init_from THAT_RUN --objective exit_predictor", ""),
+        (mixed and (routed or m.experts), "--objective mixed needs --routed none and no --experts", ""),
+        (mixed and predicts, "--objective mixed trains no predictor: do so afterwards, --init_from RUN", ""),
         (alone and not predicts, "--objective exit_predictor needs an --exit_predictor", ""),
         (alone and not o.init_from, "--objective exit_predictor needs --init_from, a trained run", ""),
         (predicts and m.n_layer == 1, "a model of one block leaves no choice of exit", ""),

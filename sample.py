@@ -84,7 +84,7 @@ def main(argv=None):
     folder, trained, _, model = run.open_run(o.run, o.out, o.device)
     check(o, trained)
     torch.manual_seed(o.seed)
-    name = rule_name(o, trained)
+    name, L = rule_name(o, trained), trained.model.n_layer
     rule, encoding, text = parse_rule(name, model), load_tokenizer(folder / "tokenizer.json"), o.prompt
     if text is None:
         text = run.read_json(folder / "meta.json", "prompt")
@@ -106,7 +106,6 @@ def main(argv=None):
         lines = [""] * len(rows)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ if o.color == "auto" else o.color == "always"
     texts = [tokens_of(row, encoding, line) for row, line in zip(rows, lines, strict=True)]
-    L = trained.model.n_layer
     plain = ["".join(text for text, *_ in tokens).removesuffix(END) for tokens in texts]
     for tokens, text in zip(texts, plain, strict=True):
         print(paint(tokens, L) if color else text)

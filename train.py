@@ -93,7 +93,7 @@ def optimizer_of(model, o):
 def begin(o):
     """-> run folder, encoding, (data to train on, to validate on), model, optimizer, step to begin with."""
     source, data = open_data(o.data, o.translate)
-    batches = batches_of(data, "train", o), batches_of(data, "val", o, o.grad_accum_steps)
+    batches = batches_of(data, "train", o), batches_of(data, "val", o)
     device = run.device_of(o.device)
     torch.manual_seed(o.seed)
     model = run.build(o, data.meta["vocab_size"]).to(device)
@@ -123,8 +123,7 @@ def step_once(model, optimizer, training, o, t, context):
     if o.objective == "exit_predictor":     # it alone learns, from states without dropout [DAT 3]
         model.eval().requires_grad_(False).exit_predictor.requires_grad_(True)
     began, batch, rate = time.perf_counter(), training.step(o.seed, t), learning_rate(t, o)
-    objective, device = OBJECTIVES[o.objective], model.wte.weight.device
-    sums = 0.0
+    objective, device, sums = OBJECTIVES[o.objective], model.wte.weight.device, 0.0
     for n, piece in enumerate(batch.cut(o.grad_accum_steps)):
         torch.manual_seed(int(np.random.SeedSequence([o.seed, t, n]).generate_state(1)[0]))
         with context:
@@ -171,14 +170,16 @@ def main(argv=None):
         raise UserError(f"--stop_at {end} is behind: {folder} is at step {start}")
     if o.compile:
         torch._dynamo.config.suppress_errors = True     # a block that cannot be compiled here runs as it is
+        if hasattr(torch._functorch.config, "backward_pass_autocast"):      # not before torch 2.8
+            torch._functorch.config.backward_pass_autocast = "off"          # or routers' gradients were bf16
         for block in model.blocks:
             block.compile()                             # in place: the names of parameters stay
-    context, batches = run.autocast(device, o.dtype), validation.fixed(o.eval_windows)
+    context, saved = run.autocast(device, o.dtype), start
+    batches = validation.fixed(o.eval_windows, o.grad_accum_steps)
     per_token = bits_per_byte(batches, encoding)
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{'about ' if o.translate else ''}{training.step(o.seed, start).count:,} tokens a step, "
           f"{device.type}", flush=True)
-    saved = start
     with run.locked(folder), run.interrupts() as stop:
         run.start_metrics(folder, start)
         bar = tqdm(range(start, end + 1), initial=start, total=o.steps, unit="step",

@@ -1,7 +1,7 @@
 """Batches for training and evaluation. Batch t is a function of (seed, t): no position in data is stored.
 
 A split is read as windows of a long text (`Windows`) or as buckets of sentence pairs (`Buckets`), with two
-methods: step(seed, t) -> Batch, and fixed(count) -> list of Batch, the same for every run.
+methods: step(seed, t) -> Batch, and fixed(count, pieces) -> list of Batch, the same for equal batch sizes.
 """
 import importlib
 import math
@@ -67,11 +67,11 @@ class Windows:
     def step(self, seed, t):
         return self.at(np.random.default_rng([seed, t]).integers(0, len(self.tokens) - self.size, self.rows))
 
-    def fixed(self, count):
-        """`count` windows, evenly spaced, in batches of `rows`."""
+    def fixed(self, count, pieces=1):
+        """`count` windows, evenly spaced, in batches of `rows`, each in pieces."""
         count = max(1, min(count, (len(self.tokens) - 1) // self.size))
         first = np.linspace(0, len(self.tokens) - self.size - 1, count).astype(np.int64)
-        return [self.at(first[i:i + self.rows]) for i in range(0, count, self.rows)]
+        return [p for i in range(0, count, self.rows) for p in self.at(first[i:i + self.rows]).cut(pieces)]
 
 
 @dataclass
@@ -123,11 +123,11 @@ class Buckets:
         order = order[np.argsort(self.length[order], kind="stable")]    # equal lengths in random order
         return self.at(self.kept[order[self.cuts[rng.permutation(len(self.cuts))[n]]]])
 
-    def fixed(self, count):
-        """`count` batches, evenly spaced by length; all of them if there are no more."""
+    def fixed(self, count, pieces=1):
+        """`count` batches, evenly spaced by length, each in pieces; all of them if there are no more."""
         order = np.argsort(self.length, kind="stable")
         chosen = np.linspace(0, len(self.cuts) - 1, min(count, len(self.cuts))).round().astype(int)
-        return [self.at(self.kept[order[self.cuts[n]]]) for n in chosen]
+        return [p for n in chosen for p in self.at(self.kept[order[self.cuts[n]]]).cut(pieces)]
 
 
 def positions_of(lengths):
@@ -155,24 +155,24 @@ def open_data(name, translate):
     return folder, (load_pairs(folder) if translate else load_set(folder))
 
 
-def batches_of(data, split, options, pieces=1):
-    """Windows or Buckets of a split, in batches of 1 / pieces of the options' size."""
+def batches_of(data, split, options):
+    """Windows or Buckets of a split, in batches of the options' size."""
     T = options.model.block_size
     if options.translate:
         sides = [data.splits[split][language] for language in direction(data, options.translate)]
-        buckets = Buckets(*sides, data.encoding.eot_token, options.batch_tokens // pieces, T)
+        buckets = Buckets(*sides, data.encoding.eot_token, options.batch_tokens, T)
         if buckets.left_out:
-            print(f"left out of {split}: {buckets.left_out} pairs over {T} tokens (--block_size)")
+            print(f"left out of {split}: {buckets.left_out} pairs too long (--block_size, --batch_tokens)")
         return buckets
     tokens, listing = getattr(data, split), data.meta.get("listing")
     if listing:
         if (length := listing + (data.meta["size"] - listing) // 3 * 2) > T:
             raise UserError(f"the questions of a document take {length} tokens: give a larger --block_size")
-        return Questions(tokens, data.meta["size"], options.batch_size // pieces, listing)
+        return Questions(tokens, data.meta["size"], options.batch_size, listing)
     if len(tokens) <= T:
         raise UserError(f"{split}.bin has {len(tokens)} tokens, but one window takes {T + 1}: give more "
                         f"data or a smaller --block_size")
-    return Windows(tokens, T, options.batch_size // pieces)
+    return Windows(tokens, T, options.batch_size)
 
 
 def bits_per_byte(batches, encoding):

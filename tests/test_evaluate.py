@@ -124,7 +124,7 @@ def test_what_cannot_be_is_refused_before_writing(copy, finished, pairs, dataset
             f"{new} --batch_size 8": "have --batch_tokens", f"{new} --block_size 2": "at most 2 tokens",
             f"{new} --enc_embd 64": "separate", f"{dataset} --gate one": "no gradient",
             f"{dataset} --noops 2": "there are no experts", f"{dataset} --experts 1": "leaves no choice",
-            f"{dataset} --experts 2 --objective mixed --routed none": "cannot train routed blocks or",
+            f"{dataset} --experts 2 --objective mixed --routed none": "needs --routed none and no",
             f"{dataset} --router random --causal_logit router": "nothing learns to route",
             f"{dataset} --router random --predictor_loss 1": "nothing learns to route",
             f"{dataset} --experts 2 --expert_capacity 0": "must be from"}}
@@ -224,7 +224,9 @@ def test_learning_where_to_exit_after_training(translator, pairs, tmp_path, caps
     assert deeper[0] < min(deeper[1:])                      # nothing paid for a block, or a wider sigma
     assert found["search"][0][2].count(",") == 2 and found["search"][0][2] in rows
     found = evaluation(tmp_path / "001", "--rules fixed:1 learned --exited_kv compute")["forced"]
-    found = {r["rule"]: r for r in found}
+    path, found = tmp_path / "001" / "evaluation.json", {r["rule"]: r for r in found}
+    path.write_text(path.read_text("utf-8").replace('"step": 40', '"step": 39'), "utf-8")      # other weights
+    assert [r["rule"] for r in evaluation(tmp_path / "001", "--rules full")["forced"]] == ["full"]
     assert found["fixed:1"]["loss"] == pytest.approx(rows["fixed:1"]["loss"])
     assert found["learned"]["mflops_paper"] > rows["learned"]["mflops_needed"]
     for rule in ("learned:nan", "learned:2", "learned:-1"):

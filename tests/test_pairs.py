@@ -101,6 +101,6 @@ def test_an_epoch_has_every_pair_once_and_batches_stay_under_their_limit():
     assert all(sorted(sum(epoch, [])) == kept for epoch in epochs)
     assert {frozenset(b) for b in epochs[0]} != {frozenset(b) for b in epochs[1]}
     assert rows(5) == epochs[0][5] and sorted(map(len, epochs[0])) == sorted(map(len, epochs[1]))
-    assert sum(len(b.ids) for b in data.fixed(10**6)) == len(kept)
+    assert sum(len(b.ids) for b in data.fixed(10**6, 3)) == len(kept)
     lengths = [max(b.ids.size(1), b.source[0].size(1)) for b in data.fixed(3)]      # not short ones only
     assert len(lengths) == 3 and lengths[0] < lengths[1] < lengths[2] == 18

@@ -129,8 +129,8 @@ TRAINING = {
     "must be from": "--sigma -1; --alpha nan; --steps -4; --capacity 0; --capacity 1.5; --beta2 1; --lr nan; "
         "--lr_end -5; --weight_decay -1; --block_size 1; --predictor_loss nan; --stop_at -1; --dropout 1",
     "would teach the causal predictor": "--route causal",
-    "cannot train routed blocks": "--objective mixed", "a GPT has none": "--exit_predictor sequence",
-    "draws one": "--objective mixed --routed none --exit_predictor binary", "no run": "--init_from nowhere",
+    "needs --routed none": "--objective mixed", "a GPT has none": "--exit_predictor sequence",
+    "predictor": "--objective mixed --routed none --exit_predictor binary", "no run": "--init_from nowhere",
     "takes --exits all": "--exits last --rule auto --exit_predictor token", "equal": "--grad_accum_steps 3",
     "needs an --exit_predictor": "--objective exit_predictor", "--rule confidence:2": "--rule confidence:2",
     "--init_from": "--objective exit_predictor --exit_predictor token", "prepare.py": "--data nowhere",
@@ -200,4 +200,5 @@ def test_compile_that_cannot_work_is_eager(train, monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere",))
     folder = train("--compile", "True", "--stop_at", 1)
     assert run.read_json(folder / "options.json", "options")["compile"] is True
+    assert torch._functorch.config.backward_pass_autocast == "off"      # fp32 routers keep fp32 gradients
     torch._dynamo.reset()
