@@ -106,6 +106,7 @@ def rules(found):
                          "mark": "", "style": {"fixed": "-", "confidence": ":"}.get(kind, ""),
                          "note": f"beam {beam}, FLOPs of {r['flops_of']}; {r['signature']}" if "bleu" in r
                          else "held-out texts, teacher forcing"})
+    rows.sort(key=lambda r: (list(found).index(r["model"]), r["line"], r["exit"]))  # as a line is drawn
     goal = max((r["score"] for r in rows if r["rule"] == "full"), default=0) - 0.1
     return [r | {"rank": (r["score"] < goal, r["exit"] if r["score"] >= goal else -r["score"])} for r in rows]
 
