@@ -7,7 +7,7 @@
     --bleu SPLIT ...   translate these splits with the rules: BLEU, exit, FLOPs, time
     --search 10000     find the best thresholds for each depth among so many draws, and add them to the rules
 
-Results: evaluation.json (rows of other rules and splits are kept), depth.npz, outputs/SPLIT.RULE.txt.
+Results: evaluation.json (other rows of the same weights are kept), depth.npz, outputs/SPLIT.RULE.txt.
 """
 import json
 import re
@@ -278,7 +278,7 @@ def merged(old, new):
 @command
 def main(argv=None):
     o = parse(argv, Options)
-    folder, trained, device, model = run.open_run(o.run, o.out, o.device)
+    folder, trained, device, model, step = run.open_run(o.run, o.out, o.device)
     source, data = open_data(o.data or trained.data, trained.translate)
     check(o, folder, source, data, trained, model)
     named, L = rule_name(o, trained), trained.model.n_layer
@@ -288,8 +288,7 @@ def main(argv=None):
     context = run.autocast(device, trained.dtype)
     batches = batches_of(data, "val", trained).fixed(trained.eval_windows, trained.grad_accum_steps)
     per_byte = bits_per_byte(batches, data.encoding)
-    path, step = folder / "evaluation.json", run.load(folder, device)["step"]
-    nothing = {"forced": [], "translated": {}}
+    path, nothing = folder / "evaluation.json", {"forced": [], "translated": {}}
     with reading(path):
         before = run.read_json(path) if path.exists() and not o.data else nothing
         for rows in (before["forced"], *before["translated"].values()):

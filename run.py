@@ -171,13 +171,13 @@ def build(o, vocab_size):
 
 
 def open_run(run, out="runs", device="auto"):
-    """-> (folder, Options, device, model in eval mode with the run's weights)."""
+    """-> (folder, Options, device, model in eval mode with the run's weights, the step they are of)."""
     device, (path, table) = device_of(device), stored_options(run, out)
     folder, trained = path.parent, options.from_file(path, table)
     state = load(folder, device)
     model = build(trained, read_json(folder / "meta.json", "vocab_size")).to(device)
     fill(model, state, folder)
-    return folder, trained, device, model.eval()
+    return folder, trained, device, model.eval(), state["step"]
 
 
 def save(folder, step, model, optimizer):

@@ -81,7 +81,7 @@ def paint(tokens, L):
 @command
 def main(argv=None):
     o = parse(argv, Options)
-    folder, trained, _, model = run.open_run(o.run, o.out, o.device)
+    folder, trained, _, model, _ = run.open_run(o.run, o.out, o.device)
     check(o, trained)
     torch.manual_seed(o.seed)
     name, L = rule_name(o, trained), trained.model.n_layer

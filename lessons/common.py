@@ -47,7 +47,7 @@ def trained(options="", steps=150, base=SMALL, data="pysource", name="", start="
             train.main([*map(str, words), "--stop_at", str(steps)])
         if run.load(folder, "cpu")["step"] < steps:
             raise SystemExit("interrupted: the same lesson goes on from here")
-    _, o, _, model = run.open_run(folder, device="cpu")
+    _, o, _, model, _ = run.open_run(folder, device="cpu")
     data = open_data(o.data, o.translate)[1]
     return model, o, data, batches_of(data, "val", o).fixed(o.eval_windows)
 

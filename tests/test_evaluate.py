@@ -60,7 +60,7 @@ def test_a_translator_learns_to_translate(translator):
     """Everything runs and nothing is learned; a finished run without its figures; FLOPs of other lengths."""
     first, *_, last = (m["loss"]["top_k"][-1] for m in val_lines(translator))
     assert last < 0.6 < first and {"sample.txt", "map.png"} <= {p.name for p in translator.rglob("*")}
-    _, o, _, _ = run.open_run(translator, device="cpu")
+    _, o, *_ = run.open_run(translator, device="cpu")
     batches = batches_of(open_data(o.data, o.translate)[1], "val", o).fixed(o.eval_windows)
     depth, sources = np.load(translator / "depth.npz"), sum((batch.sources() for batch in batches), [])
     present = depth["present"]
