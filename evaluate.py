@@ -181,8 +181,8 @@ def print_row(row, first):
 
 
 def tenths_of(mask):
-    """(W,T) bool -> (W,T) "tenth 01" to "tenth 10": where a token stands among those of its row."""
-    place = (mask.cumsum(1) - 1) * 10 // np.maximum(mask.sum(1, keepdims=True), 1) + 1
+    """(W,T) bool -> (W,T) "tenth 01" to "tenth 10": where the middle of a token is in its row's tokens."""
+    place = (2 * mask.cumsum(1) - 1) * 10 // np.maximum(2 * mask.sum(1, keepdims=True), 1) + 1
     return np.char.add("tenth ", np.char.zfill(place.astype(str), 2))
 
 
