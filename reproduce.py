@@ -52,7 +52,7 @@ def sized(train, shape, words):
     FLOPs pay for. The learning rate is 0.3 / width, tuned for no arm."""
     L, C = map(int, shape.split("x"))
     above = ",".join(map(str, range(L // 2 | 1, L, 2)))
-    train = filled(f"{words['text']} --exits last --n_layer {L} --n_head {max(1, C // words['head_size'])} "
+    train = filled(f"{words['text']} --exits last --n_layer {L} --n_head {round(C / words['head_size'])} "
                    f"--n_embd {C} --lr {0.3 / C:.6f} {train}", words | {"above": above})
     o = read_options(train.split(), run.stored_options)
     a_step = cost.training(o.model, words["vocab_size"], o.model.block_size) * o.batch_size
