@@ -24,7 +24,7 @@ import exits
 import run
 from data.batches import batches_of, bits_per_byte, open_data
 from data.common import UserError, command, reading, write_file
-from data.parallel import direction, sentence, source_ids
+from data.parallel import direction, originals, sentence, source_ids
 from decode import COUNTED, Cache, evaluate_loss, step, translate
 from options import RunOptions, parse, refuse, rule_name, within
 from routing import causal
@@ -248,7 +248,7 @@ def translations(model, sources, eos_id, rule, o):
 def translate_split(model, data, split, trained, folder, o, rules):
     """The rules on the sentences of a split -> rows for evaluation.json; prints a table."""
     encoding, rows, tokenize = data.encoding, [], data.meta["tokenize"]
-    lines, references = (data.originals(split, name) for name in direction(data, trained.translate))
+    lines, references = (originals(data, split, name) for name in direction(data, trained.translate))
     sources = source_ids(encoding, lines, model.config.block_size, split)
     metric = sacrebleu.BLEU(tokenize=tokenize, force=tokenize == "none")    # none: tokenised already
     print(f"\n{split}, {len(lines)} sentences, beam {o.beam}, FLOPs of the best hypothesis")

@@ -144,8 +144,8 @@ def pad_rows(rows, lengths, value):
 
 
 def open_data(name, translate):
-    """A name under data/ or the path of a prepared folder -> (folder, DataSet, or PairSet to `translate`).
-    A set under data/ that needs no --source is prepared first. UserError as in load_splits."""
+    """A name under data/ or the path of a prepared folder -> (folder, DataSet), of pairs to `translate`.
+    A set under data/ that needs no --source is prepared first. UserError as in load_set."""
     folder = Path(name) if Path(name).is_dir() else HERE / name
     if folder.resolve().parent == HERE and (folder / "prepare.py").is_file() and not is_prepared(folder):
         prepare = importlib.import_module(f"data.{folder.name}.prepare").main
@@ -164,7 +164,7 @@ def batches_of(data, split, options):
         if buckets.left_out:
             print(f"left out of {split}: {buckets.left_out} pairs too long (--block_size, --batch_tokens)")
         return buckets
-    tokens, listing = getattr(data, split), data.meta.get("listing")
+    tokens, listing = data.splits[split], data.meta.get("listing")
     if listing:
         if (length := listing + (data.meta["size"] - listing) // 3 * 2) > T:
             raise UserError(f"the questions of a document take {length} tokens: give a larger --block_size")

@@ -324,10 +324,17 @@ def is_prepared(folder):
     return (Path(folder) / "meta.json").is_file()
 
 
-def load_splits(folder, kind):
-    """Folder -> (meta, encoding, {split: (T,) read-only memory map of uint16 ids}), checked in full.
-    kind: text or pairs. UserError when the set is missing, damaged or of the other kind; the message has the
-    command that prepares it, the first one in the docstring of prepare.py."""
+class DataSet(NamedTuple):
+    folder: Path
+    splits: dict                # {split: (T,) read-only memory map of uint16 token ids}
+    encoding: tiktoken.Encoding
+    meta: dict                  # meta.json
+
+
+def load_set(folder, kind="text"):
+    """Folder -> DataSet, checked in full. kind: text or pairs. UserError when the set is missing, damaged or
+    of the other kind; the message has the command that prepares it, the first one in the docstring of
+    prepare.py."""
     folder, splits = Path(folder), {}
     try:
         with reading(folder / "meta.json"):
@@ -351,17 +358,4 @@ def load_splits(folder, kind):
         raise UserError(f"{folder} holds sentence pairs: say what to --translate, {a}-{b} or {b}-{a}")
     if kind == "pairs" and not languages:
         raise UserError(f"{folder} is a text, there is nothing to --translate; use a set of sentence pairs")
-    return meta, encoding, splits
-
-
-class DataSet(NamedTuple):
-    train: np.ndarray           # (T,) read-only memory map of uint16 token ids
-    val: np.ndarray
-    encoding: tiktoken.Encoding
-    meta: dict                  # meta.json
-
-
-def load_set(folder):
-    """Folder of a set of texts -> DataSet. UserError as in load_splits."""
-    meta, encoding, splits = load_splits(folder, "text")
-    return DataSet(splits["train"], splits["val"], encoding, meta)
+    return DataSet(folder, splits, encoding, meta)

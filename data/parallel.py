@@ -1,12 +1,10 @@
 """Sets of sentence pairs: read aligned files, write a prepared set (see common.py), load it back."""
 import gzip
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 
-from data.common import UserError, load_splits, reading, write_set
+from data.common import UserError, load_set, reading, write_set
 
 
 def sentence_ids(encoding, line):
@@ -68,24 +66,19 @@ def write_pairs(out, splits, vocab_size, *, languages, name, source, tokenize="1
               tokenize=tokenize, prompt=dict(zip(languages, splits["val"][0], strict=True)))
 
 
-class PairSet(NamedTuple):
-    folder: Path
-    splits: dict                # {split: {language: list of (T,) uint16 arrays, EOT at the end of each}}
-    encoding: tiktoken.Encoding
-    meta: dict                  # meta.json
-
-    def originals(self, split, language):
-        """The lines of a split, for scoring."""
-        return [self.encoding.decode(ids[:-1].tolist()).strip() for ids in self.splits[split][language]]
-
-
 def load_pairs(folder):
-    """Folder -> PairSet. UserError as in load_splits."""
-    meta, encoding, splits = load_splits(folder, "pairs")
-    for split, ids in splits.items():
-        sentences = np.split(ids, np.flatnonzero(ids == encoding.eot_token) + 1)[:-1]
-        splits[split] = {language: sentences[n::2] for n, language in enumerate(meta["languages"])}
-    return PairSet(Path(folder), splits, encoding, meta)
+    """Folder -> DataSet, each split {language: list of (T,) arrays, EOT the last id of each}. UserError as in
+    load_set."""
+    data = load_set(folder, "pairs")
+    for split, ids in data.splits.items():
+        sentences = np.split(ids, np.flatnonzero(ids == data.encoding.eot_token) + 1)[:-1]
+        data.splits[split] = {language: sentences[n::2] for n, language in enumerate(data.meta["languages"])}
+    return data
+
+
+def originals(data, split, language):
+    """The lines of a split, for scoring."""
+    return [data.encoding.decode(ids[:-1].tolist()).strip() for ids in data.splits[split][language]]
 
 
 def direction(data, translate):

@@ -40,7 +40,7 @@ def write_files(folder, files):
 
 
 def documents(data, split):
-    return data.encoding.decode(getattr(data, split).tolist()).split(common.EOT)[:-1]
+    return data.encoding.decode(data.splits[split].tolist()).split(common.EOT)[:-1]
 
 
 def test_every_string_survives_and_the_tokenizer_is_the_same_every_time(tmp_path):
@@ -113,7 +113,7 @@ def test_prepared_set_holds_the_texts(tmp_path, monkeypatch):
     pysource.main(["--vocab-size", "300", "--out", str(tmp_path / "set")])
     data = common.load_set(tmp_path / "set")
     for name, texts in common.split_by_document(sorted(files.items())).items():
-        ids = getattr(data, name)
+        ids = data.splits[name]
         assert ids.dtype == np.uint16 and not ids.flags.writeable
         assert data.encoding.decode(ids.tolist()) == "".join(text + common.EOT for text in texts)
         assert data.meta["splits"][name] == {"documents": len(texts), "tokens": len(ids),

@@ -77,7 +77,7 @@ def test_bleu_of_every_exit(copy, pairs, capsys):
     assert [r["rule"] for r in found] == ["fixed:1", "fixed:2", "fixed:3", "full", "confidence:0.5"]
     assert [r["exit"] for r in found[:4]] == [1, 2, 3, 4] and 1 <= found[4]["exit"] < 4
     data, lengths = parallel.load_pairs(pairs), {}
-    sources, references = (data.originals("test", language) for language in ("aa", "bb"))
+    sources, references = (parallel.originals(data, "test", language) for language in ("aa", "bb"))
     for row in found:
         lines = (copy / "outputs" / row["file"]).read_text("utf-8").splitlines()
         assert row["bleu"] == pytest.approx(sacrebleu.corpus_bleu(lines, [references]).score)

@@ -54,7 +54,7 @@ def test_an_answer_is_as_many_steps_away_as_the_question_says(hops, split):
 def test_one_cycle_and_every_document_once(hops):
     """Two cycles where one was promised, the same documents over and over, train and val that overlap."""
     data = open_data(hops, "")[1]
-    texts = {split: data.encoding.decode(getattr(data, split).tolist()).split("<|endoftext|>")[:-1]
+    texts = {split: data.encoding.decode(data.splits[split].tolist()).split("<|endoftext|>")[:-1]
              for split in ("train", "val")}
     assert len({*texts["train"], *texts["val"]}) == 1000 and len(texts["val"]) == 500
     for text in texts["val"]:
