@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -111,15 +112,6 @@ def rules(found):
     return [r | {"rank": (r["score"] < goal, r["exit"] if r["score"] >= goal else -r["score"])} for r in rows]
 
 
-def by_exit(found):
-    """{point: its JSON} -> a row for each model, validation BLEU at each exit; smaller models have one."""
-    rows = []
-    for model, exits in itertools.groupby(rules(found), lambda r: r["model"]):
-        bleu = {"random" if r["rule"] == "random" else round(r["exit"]): f"{r['score']:.2f}" for r in exits}
-        rows.append({"model": model, "at": dict.fromkeys(["random", *range(1, 7)], "") | bleu})
-    return rows
-
-
 def models(found):
     """{point: its JSON} -> rows by arm and size; FLOPs and step times relative to the best dense model's."""
     rows = []
@@ -134,8 +126,10 @@ def models(found):
                      "epochs": o["steps"] * o["batch_size"] * o["block_size"] / p["tokens"],
                      "forward": cost.forward(config, p["vocab_size"], o["block_size"])})
     unit = min([r for r in rows if r["line"] == "dense"] or rows, key=lambda r: r["rank"], default=None)
+    pace = {r["device"]: r["step_seconds"] for r in rows if r["forward"] == unit["forward"]}
     for r in rows:
-        r |= {"relative": r["forward"] / unit["forward"], "time": r["step_seconds"] / unit["step_seconds"]}
+        r |= {"relative": r["forward"] / unit["forward"],
+              "time": r["step_seconds"] / pace.get(r["device"], np.nan)}      # on the same machine
     return sorted(rows, key=lambda r: (r["line"], r["parameters"], r["model"]))
 
 
@@ -148,6 +142,15 @@ def best_of(rows):
         best.append({**row, "mean": np.mean(scores), "tried": len(scores),
                      "each": " ".join(f"{score:.3f}" for score in scores)})
     return best
+
+
+def pivot(rows, row, column, form):
+    """Rows -> one for each value of `row`; at: {value of `column`: the cells of all that have both}."""
+    table = {}
+    for r in rows:
+        table.setdefault(r[row], defaultdict(list))[r[column]].append(form.format(**r))
+    return [{row: value, "at": defaultdict(str, {key: " ".join(cells) for key, cells in at.items()})}
+            for value, at in table.items()]
 
 
 @np.errstate(invalid="ignore")      # a correlation with a constant is nan
@@ -176,7 +179,11 @@ def by_kind(found):
     return rows
 
 
-ROWS = {"rules": rules, "by_exit": by_exit, "by_kind": by_kind, "models": models,
+ROWS = {"rules": rules, "by_kind": by_kind, "models": models,
+        "by_exit": lambda found: pivot([r | {"at": "random" if r["rule"] == "random" else round(r["exit"])}
+                                        for r in rules(found)], "model", "at", "{score:.2f}"),
+        "by_shape": lambda found: pivot(sorted(models(found), key=lambda r: (r["n_layer"], r["n_embd"])),
+                                        "mark", "line", "{score:.3f}"),
         "by_rule": lambda found: [r for r in by_kind(found) if r["kind"] == min(r["of"])],
         "frontier": lambda found: best_of(rules({n: p for n, p in found.items() if "-seed" not in n})),
         "arms": lambda found: best_of(models(found))}
