@@ -63,7 +63,8 @@ def sized(train, shape, words):
 
 
 def points_of(name, scale, found, asked=()):
-    """The points of an experiment; more seeds of the best shape in found {point: its JSON}, or as asked."""
+    """The points of an experiment; more seeds of the best shape so far, by the mean of its seeds in found
+    {point: its JSON}, or as asked."""
     table, points, seeds = EXPERIMENTS[name], [], []
     words = {"scale": scale} | table | SCALES["cpu"] | SCALES[scale]
     for entry in table["points"]:
@@ -73,7 +74,7 @@ def points_of(name, scale, found, asked=()):
                 for shape in shapes] or [Point(entry["name"], filled(train, words), evaluate, start)]
         points += mine
         whole = all(p.name in found for p in mine)      # only then is the best shape known
-        best = min(mine, key=lambda p: final_loss(found[p.name], "causal")) if whole else None
+        best = min(mine, key=lambda p: final_loss(p.name, found)) if whole else None
         for n, p in itertools.product(range(1, entry.get("seeds", 1)), mine):
             if p is best or f"{p.name}-seed{n}" in asked:
                 again = f"{p.train} --seed {1000 + n}" if p.train else ""
@@ -81,10 +82,12 @@ def points_of(name, scale, found, asked=()):
     return points + seeds
 
 
-def final_loss(point, route):
-    """Held-out loss of the last exit after training, under a routing rule; a dense model has one loss."""
-    loss = point["metrics"][-1]["loss"]
-    return loss.get(route, loss["top_k"])[-1]
+def final_loss(name, found, route="causal"):
+    """Held-out loss of the last exit under a routing rule, mean of a point's seeds in found. The rules of a
+    dense model are one."""
+    losses = [p["metrics"][-1]["loss"] for other, p in found.items()
+              if other.split("-seed")[0] == name.split("-seed")[0]]
+    return np.mean([loss.get(route, loss["top_k"])[-1] for loss in losses])
 
 
 def arm(point):
@@ -121,8 +124,8 @@ def models(found):
         shares = dict.fromkeys(("accuracy", "base_rate", "precision", "recall"), "")
         shares |= {share: f"{value:.1%}" for share, value in last.get("predictor", {}).items()}
         rows.append({**o, **p, **full, **shares, "model": name, "line": arm(name), "style": "",
-                     "mark": f"{o['n_layer']} x {o['n_embd']}", "score": final_loss(p, "causal"),
-                     "rank": ("-seed" in name, final_loss(p, "causal")), "top_k": final_loss(p, "top_k"),
+                     "mark": f"{o['n_layer']} x {o['n_embd']}", "score": final_loss(name, {name: p}),
+                     "rank": final_loss(name, found), "top_k": final_loss(name, {name: p}, "top_k"),
                      "epochs": o["steps"] * o["batch_size"] * o["block_size"] / p["tokens"],
                      "forward": cost.forward(config, p["vocab_size"], o["block_size"])})
     unit = min([r for r in rows if r["line"] == "dense"] or rows, key=lambda r: r["rank"], default=None)

@@ -128,9 +128,12 @@ def test_seeds_of_the_best_shape_and_of_those_asked_for():
         assert {name for name in points if "seed" in name} == more
         assert all(points[name].train.endswith("--seed 1002") for name in more)
     shapes = reproduce.SCALES["cpu"]["shapes"].split()
-    found = {f"mod-{shape}": done if shape == "4x96" else worse for shape in shapes}
+    found = {f"mod-25-{shape}": done if shape == "4x96" else worse for shape in shapes}
     names = {p.name for p in reproduce.points_of("mod-isoflop", "cpu", found)}
-    assert {name for name in names if "seed" in name} == {"mod-4x96-seed1", "mod-4x96-seed2"}
+    assert {name for name in names if "seed" in name} == {"mod-25-4x96-seed1", "mod-25-4x96-seed2"}
+    found["mod-25-4x96-seed1"] = {"metrics": [{"loss": {"top_k": [3.0], "causal": [9.0]}}]}     # now behind
+    names = {p.name for p in reproduce.points_of("mod-isoflop", "cpu", found)}
+    assert "mod-25-4x96-seed1" not in names and len([name for name in names if "seed" in name]) == 2
     found = {"one": done, "exits": done, "learned": done}
     points = {p.name: p for p in reproduce.points_of("hops", "cpu", found)}
     assert points["learned-seed2"].start == "exits-seed2" and points["learned"].start == "exits"
