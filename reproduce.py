@@ -107,7 +107,7 @@ def rules(found):
             kind = kind_of(r["rule"])
             line = arm(name) if kind in ("fixed", "learned") else f"{arm(name)}, {kind}"
             rows.append({**r, "model": name, "split": split, "score": on_val[r["rule"]], "line": line,
-                         "mark": "", "style": {"fixed": "-", "confidence": ":"}.get(kind, ""),
+                         "style": {"fixed": "-", "confidence": ":"}.get(kind, ""),
                          "note": f"beam {beam}, FLOPs of {r['flops_of']}; {r['signature']}" if "bleu" in r
                          else "held-out texts, teacher forcing"})
     rows.sort(key=lambda r: (list(found).index(r["model"]), r["line"], r["exit"]))  # as a line is drawn
@@ -124,7 +124,7 @@ def models(found):
         shares = dict.fromkeys(("accuracy", "base_rate", "precision", "recall"), "")
         shares |= {share: f"{value:.1%}" for share, value in last.get("predictor", {}).items()}
         rows.append({**o, **p, **full, **shares, "model": name, "line": arm(name), "style": "",
-                     "mark": f"{o['n_layer']} x {o['n_embd']}", "score": final_loss(name, {name: p}),
+                     "shape": f"{o['n_layer']} x {o['n_embd']}", "score": final_loss(name, {name: p}),
                      "rank": final_loss(name, found), "top_k": final_loss(name, {name: p}, "top_k"),
                      "epochs": o["steps"] * o["batch_size"] * o["block_size"] / p["tokens"],
                      "forward": cost.forward(config, p["vocab_size"], o["block_size"])})
@@ -137,11 +137,11 @@ def models(found):
 
 
 def best_of(rows):
-    """Rows -> of each "line" the one with the lowest "rank"; the "score" of all that have its "mark"."""
+    """Rows -> of each "line" the one with the lowest "rank"; the "score" of all of its shape."""
     best = []
     for line in dict.fromkeys(r["line"] for r in rows):
         row = min((r for r in rows if r["line"] == line), key=lambda r: r["rank"])
-        scores = [r["score"] for r in rows if (r["line"], r["mark"]) == (line, row["mark"])]
+        scores = [r["score"] for r in rows if (r["line"], r.get("shape")) == (line, row.get("shape"))]
         best.append({**row, "mean": np.mean(scores), "tried": len(scores),
                      "each": " ".join(f"{score:.3f}" for score in scores)})
     return best
@@ -174,7 +174,7 @@ def by_kind(found):
             for kind, count in counts.items():
                 exits, blocks = np.array(count["exits"]), np.array(count["blocks"])
                 of[kind] = {"model": name, "rule": r["rule"], "line": f"{arm(name)}, {r['rule']}",
-                            "kind": kind, "tokens": blocks.sum(), "right": count["right"], "mark": "",
+                            "kind": kind, "tokens": blocks.sum(), "right": count["right"],
                             "exit": exits @ np.arange(1, len(exits) + 1) / exits.sum(), "style": "",
                             "blocks": blocks @ np.arange(len(blocks)) / blocks.sum()}
             rho = rank_correlation(np.array([count["blocks"] for count in counts.values()])) if counts else 0
@@ -186,7 +186,7 @@ ROWS = {"rules": rules, "by_kind": by_kind, "models": models,
         "by_exit": lambda found: pivot([r | {"at": "random" if r["rule"] == "random" else round(r["exit"])}
                                         for r in rules(found)], "model", "at", "{score:.2f}"),
         "by_shape": lambda found: pivot(sorted(models(found), key=lambda r: (r["n_layer"], r["n_embd"])),
-                                        "mark", "line", "{score:.3f}"),
+                                        "shape", "line", "{score:.3f}"),
         "by_rule": lambda found: [r for r in by_kind(found) if r["kind"] == min(r["of"])],
         "frontier": lambda found: best_of(rules({n: p for n, p in found.items() if "-seed" not in n})),
         "arms": lambda found: best_of(models(found))}
@@ -204,8 +204,6 @@ def draw_figure(found, rows, y, label, against):
             curve, (color, marker) = list(group), looks[line]
             ax.plot([r[x] for r in curve], [r[y] for r in curve], marker + curve[0]["style"], color=color,
                     mfc="none", label=line)
-            for r in curve:
-                ax.annotate(r["mark"], (r[x], r[y]), (4, -9), "data", "offset points", color=color, size=7)
     panels[0].set_ylabel(label)
     once = dict(zip(*panels[-1].get_legend_handles_labels()[::-1], strict=True))   # seeds look alike
     panels[-1].legend(once.values(), once, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -114,10 +114,10 @@ def test_the_frontier_is_chosen_on_validation():
 def test_a_cell_of_a_grid_has_all_seeds():
     """Seeds that overwrite each other, cells in another row, an arm that is not measured yet as an error."""
     runs = ("4 x 8", "dense", 2.5), ("8 x 8", "dense", 3.0), ("4 x 8", "dense", 2.25), ("8 x 8", "mod", 2.0)
-    rows = [dict(zip(("mark", "line", "score"), measured, strict=True)) for measured in runs]
-    shallow, deep = reproduce.pivot(rows, "mark", "line", "{score:.3f}")
-    assert shallow == {"mark": "4 x 8", "at": {"dense": "2.500 2.250"}} and shallow["at"]["mod"] == ""
-    assert deep == {"mark": "8 x 8", "at": {"dense": "3.000", "mod": "2.000"}}
+    rows = [dict(zip(("shape", "line", "score"), measured, strict=True)) for measured in runs]
+    shallow, deep = reproduce.pivot(rows, "shape", "line", "{score:.3f}")
+    assert shallow == {"shape": "4 x 8", "at": {"dense": "2.500 2.250"}} and shallow["at"]["mod"] == ""
+    assert deep == {"shape": "8 x 8", "at": {"dense": "3.000", "mod": "2.000"}}
 
 
 def test_seeds_of_the_best_shape_and_of_those_asked_for():
