@@ -83,8 +83,8 @@ def points_of(name, scale, found, asked=()):
 
 
 def final_loss(name, found, route="causal"):
-    """Held-out loss of the last exit under a routing rule, mean of a point's seeds in found. The rules of a
-    dense model are one."""
+    """Held-out loss of the last exit under a routing rule, mean of a point's seeds in found. A dense model
+    has that of top_k alone."""
     losses = [p["metrics"][-1]["loss"] for other, p in found.items()
               if other.split("-seed")[0] == name.split("-seed")[0]]
     return np.mean([loss.get(route, loss["top_k"])[-1] for loss in losses])
@@ -129,7 +129,8 @@ def models(found):
                      "epochs": o["steps"] * o["batch_size"] * o["block_size"] / p["tokens"],
                      "forward": cost.forward(config, p["vocab_size"], o["block_size"])})
     unit = min([r for r in rows if r["line"] == "dense"] or rows, key=lambda r: r["rank"], default=None)
-    pace = {r["device"]: r["step_seconds"] for r in rows if r["forward"] == unit["forward"]}
+    pace = {r["device"]: r["step_seconds"] for r in rows
+            if (r["line"], r["shape"]) == (unit["line"], unit["shape"])}
     for r in rows:
         r |= {"relative": r["forward"] / unit["forward"],
               "time": r["step_seconds"] / pace.get(r["device"], np.nan)}      # on the same machine
@@ -183,8 +184,8 @@ def by_kind(found):
 
 
 ROWS = {"rules": rules, "by_kind": by_kind, "models": models,
-        "by_exit": lambda found: pivot([r | {"at": "random" if r["rule"] == "random" else round(r["exit"])}
-                                        for r in rules(found)], "model", "at", "{score:.2f}"),
+        "by_exit": lambda found: pivot([r | {"exit": "random" if r["rule"] == "random" else round(r["exit"])}
+                                        for r in rules(found)], "model", "exit", "{score:.2f}"),
         "by_shape": lambda found: pivot(sorted(models(found), key=lambda r: (r["n_layer"], r["n_embd"])),
                                         "shape", "line", "{score:.3f}"),
         "by_rule": lambda found: [r for r in by_kind(found) if r["kind"] == min(r["of"])],

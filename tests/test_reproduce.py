@@ -76,6 +76,7 @@ def test_equal_flops_and_more_seeds_for_the_best(main, dataset, tmp_path, monkey
         seeds = {shape: [v for n, v in loss.items() if shape in n] for shape in ("2x16", "4x24", "6x24")}
         best = min(seeds, key=lambda shape: sum(seeds[shape]) / len(seeds[shape]))
         assert len(seeds[best]) == 3 and found[f"{arm}-{best}-seed2"]["options"]["seed"] == 1002
+        assert all(min(v) <= max(seeds[best]) for v in seeds.values() if len(v) > 1)    # was the best once
     for point in found.values():
         o = read_options(point["train"].split()[1:], run.stored_options)
         assert o.steps * 128 / 32 * cost.training(o.model, 300, 32) == pytest.approx(3e8, rel=0.05)
